@@ -1,0 +1,1 @@
+"""HTTP endpoint and command line: the only place where things are wired, and the only reader of the environment."""

@@ -1,0 +1,1 @@
+"""Inference on transformers models over the prefix store."""
