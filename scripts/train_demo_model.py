@@ -63,7 +63,7 @@ def train_tokenizer(rng: random.Random, vocab_size: int) -> PreTrainedTokenizerF
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    corpus = random_corpus(rng, 4000)
+    corpus = random_corpus(rng, 4000, held_out=False)
     texts = (f"{d.title}\n{d.text} {' '.join(f.question for f in d.facts)}" for d in corpus)
     tokenizer.train_from_iterator(itertools.chain([SYSTEM_PROMPT] * 50, texts), trainer)
     fast = PreTrainedTokenizerFast(
@@ -85,7 +85,7 @@ def make_example(rng: random.Random, stage: int) -> list[tuple[str, bool]]:
     if stage == len(STAGES) - 1:
         documents, fillers = rng.randint(1, documents), rng.randint(0, 3)
         facts = rng.randint(2, 5)
-    corpus = random_corpus(rng, documents, facts=facts, fillers=fillers)
+    corpus = random_corpus(rng, documents, facts=facts, fillers=fillers, held_out=False)
     pieces = [("<|begin|>", False)]
     if rng.random() < 0.7:
         pieces.append((f"<|system|>{SYSTEM_PROMPT}<|end|>", False))
@@ -165,10 +165,16 @@ def main() -> None:
             print(f"{used:6.1%} step {step} stage {stage} loss {loss.item():.3f} answers {losses[learn].mean().item():.4f} right {accuracy:.3f} shape {tuple(ids.shape)}", flush=True)
         if accuracy > 0.9 and since > 60 and stage < len(STAGES) - 1:
             stage, since, accuracy = stage + 1, 0, 0.5
-    options.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).cpu().save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
+        if step % 500 == 0:
+            save(model, tokenizer, options.out)
+    save(model, tokenizer, options.out)
     print(f"saved to {options.out}", flush=True)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the checkpoint folder; also in between, so that an interrupted run leaves what it had."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

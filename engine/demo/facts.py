@@ -1,7 +1,7 @@
 """Synthetic documents whose facts cannot be memorised, and questions about them.
 
-Invariant: everything is drawn from the `random.Random` that the caller passes in, so a seed names a corpus; names come
-from billions of syllable combinations, so a model that answers right has read the documents.
+Invariant: everything is drawn from the `random.Random` that the caller passes in, so a seed names a corpus. Names are random
+syllables, one in eight of them held out of training, so a model that answers right about those has read the documents.
 
 The demo model is trained on this world (`scripts/train_demo_model.py`), the demo serves from it, and
 `benchmarks/answers.py` measures with it what a lossy feature costs in answers.
@@ -10,6 +10,7 @@ The demo model is trained on this world (`scripts/train_demo_model.py`), the dem
 from __future__ import annotations
 
 import random
+import zlib
 from dataclasses import dataclass
 
 SYSTEM_PROMPT = "You answer questions from the documents that you are given. Repeat the question, then give the value."
@@ -66,14 +67,21 @@ class FactDocument:
         return {"title": self.title, "text": self.text}
 
 
-def random_name(rng: random.Random) -> str:
-    """Two or three syllables, such as "Velmora"."""
-    syllables = rng.choice((2, 2, 3))
-    name = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
-    return name.capitalize()
+def is_held_out(name: str) -> bool:
+    """Whether a name is kept for evaluation: one in eight, by its checksum."""
+    return zlib.crc32(name.encode()) % 8 == 0
 
 
-def _random_value(rng: random.Random, attribute: str) -> str:
+def random_name(rng: random.Random, *, held_out: bool) -> str:
+    """Two or three syllables, such as "Velmora", from the names for training or from those held out."""
+    while True:
+        syllables = rng.choice((2, 2, 3))
+        name = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
+        if is_held_out(name.capitalize()) == held_out:
+            return name.capitalize()
+
+
+def _random_value(rng: random.Random, attribute: str, held_out: bool) -> str:
     match attribute:
         case "code":
             return "".join(rng.choice("0123456789") for _ in range(4))
@@ -84,28 +92,32 @@ def _random_value(rng: random.Random, attribute: str) -> str:
         case "weight":
             return f"{rng.randint(10, 999)} kg"
         case _:
-            return random_name(rng)
+            return random_name(rng, held_out=held_out)
 
 
 ATTRIBUTES = ("code", "colour", "date", "weight", "keeper", "founder")
 
 
-def random_document(rng: random.Random, *, facts: int = 4, fillers: int = 2) -> FactDocument:
+def random_document(
+    rng: random.Random, *, facts: int = 4, fillers: int = 2, held_out: bool = True
+) -> FactDocument:
     """One document of `facts` facts (at most `len(ATTRIBUTES)`) between `fillers` sentences without any."""
-    entity = random_name(rng)
+    entity = random_name(rng, held_out=held_out)
     attributes = rng.sample(ATTRIBUTES, facts)
-    found = tuple(Fact(entity, attribute, _random_value(rng, attribute)) for attribute in attributes)
+    found = tuple(Fact(entity, attribute, _random_value(rng, attribute, held_out)) for attribute in attributes)
     sentences = [fact.sentence for fact in found]
     for filler in rng.sample(_FILLERS, fillers):
         sentences.insert(rng.randint(0, len(sentences)), filler)
     return FactDocument(f"The {rng.choice(_KINDS)} {entity}", " ".join(sentences), found)
 
 
-def random_corpus(rng: random.Random, documents: int, *, facts: int = 4, fillers: int = 2) -> list[FactDocument]:
-    """`documents` documents about different entities."""
+def random_corpus(
+    rng: random.Random, documents: int, *, facts: int = 4, fillers: int = 2, held_out: bool = True
+) -> list[FactDocument]:
+    """`documents` documents about different entities, whose names no training has seen unless `held_out` is off."""
     corpus: dict[str, FactDocument] = {}
     while len(corpus) < documents:
-        document = random_document(rng, facts=facts, fillers=fillers)
+        document = random_document(rng, facts=facts, fillers=fillers, held_out=held_out)
         corpus.setdefault(document.title.split()[-1], document)
     return list(corpus.values())
 

@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all their own set-up. Override what you like: make test TORCH=torch TORCH_INDEX=https://...
+PYTHON ?= python3
+# The one place that names torch. 2.13.0 is what stemcache is tested with; on a GPU machine, `make TORCH=torch` takes the newest.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format equivalence bench train clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
+
+# Rebuilt when pyproject.toml changes. torch comes first and alone, so that nothing else chooses its build.
+$(READY): pyproject.toml Makefile
+	@test -x $(BIN)/python || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> installing $(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@echo "==> installing stemcache and its tools"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## serve the demo model and ask it 40 questions over HTTP
+	@$(BIN)/stemcache demo
+
+test: $(READY)  ## run the tests
+	@$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, formatting, types, import directions
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(READY)  ## put the code into its form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+equivalence: $(READY)  ## compare with transformers' generate, 200 workloads of each family (about 20 minutes)
+	@$(BIN)/python benchmarks/equivalence.py --workloads 200
+
+bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
+	@for name in attention tree ttft decode answers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+train: $(READY)  ## train the demo model anew (75 minutes on two cores)
+	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/model --minutes 75
+
+clean:  ## remove the virtual environment and all caches
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,100 @@
+"""The command line: `stemcache serve`, `stemcache generate`, `stemcache demo`.
+
+Invariant: a user's mistake ends in one sentence on stderr and exit status 2, never in a traceback. Commands are
+imported when they run, so that `--help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stemcache._version import __version__
+from stemcache.api.sizes import parse_size
+from stemcache.prefixtree.errors import StemcacheError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        return _run(options)
+    except (StemcacheError, OSError) as error:
+        print(f"stemcache: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
+    match options.command:
+        case "serve":
+            from stemcache.api.serve import serve
+
+            return serve(options)
+        case "generate":
+            from stemcache.api.generate import generate
+
+            return generate(options)
+        case _:
+            from stemcache.api.demo import demo
+
+            return demo()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stemcache", description="Serve language models from a prefix-sharing KV store."
+    )
+    parser.add_argument("--version", action="version", version=f"stemcache {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start the OpenAI-compatible HTTP server")
+    _add_model_options(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
+
+    generate = commands.add_parser("generate", help="complete a prompt; text to stdout, usage to stderr")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to complete; - reads it from standard input")
+    _add_model_options(generate)
+    generate.add_argument(
+        "--max-tokens", type=int, default=128, help="tokens to generate at most (default: %(default)s)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+
+    commands.add_parser("demo", help="ask the demo model questions over HTTP and show what the cache saves")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="model folder or hub name (default: the demo model that ships with stemcache)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument(
+        "--pool-bytes",
+        type=_size,
+        default="2GiB",
+        help="memory for keys and values, such as 512MiB (default: %(default)s)",
+    )
+    parser.add_argument("--chunk-tokens", type=int, choices=[16, 32, 64, 128, 256], default=64)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"not a port: {text!r}; write a number up to 65535, 0 for any free one")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

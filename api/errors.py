@@ -1,0 +1,110 @@
+"""Our errors as HTTP replies with OpenAI's error body, `{"error": {"message", "type", "param", "code"}}`.
+
+Invariant: `describe` is the only place that knows which status and code an error has, so a reply and an error inside a
+running stream say the same. What is not ours is answered with 500 and no detail: the cause goes to the log, not to the
+client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from stemcache.engine.errors import EngineClosedError, InvalidRequestError
+
+# nginx's status for a client that went away. Nobody reads it; it tells the access log apart from an answer.
+CLIENT_CLOSED_REQUEST = 499
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names a model that this server does not serve."""
+
+    def __init__(self, asked: str, served: str) -> None:
+        super().__init__(
+            f"The model '{asked}' does not exist; this server has '{served}'.", param="model", code="model_not_found"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """An error as OpenAI tells it."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        # A request can hold what is no valid Unicode, and its errors quote it.
+        message, param = (text and text.encode(errors="replace").decode() for text in (self.message, self.param))
+        return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
+
+
+def describe(error: Exception) -> ErrorReply:
+    """The reply for any error that a request can end with."""
+    match error:
+        case InvalidRequestError():
+            status = 404 if isinstance(error, ModelNotFoundError) else 400
+            return ErrorReply(status, str(error), param=error.param, code=error.code)
+        case RequestValidationError():
+            return _describe_validation(error.errors()[0])
+        case HTTPException():
+            return ErrorReply(error.status_code, str(error.detail))
+        case EngineClosedError():
+            return ErrorReply(503, str(error), type="server_error", code="engine_closed")
+        case _:
+            message = "The server failed while it worked on this request; its log has the details."
+            return ErrorReply(500, message, type="server_error")
+
+
+def _describe_validation(problem: Mapping[str, Any]) -> ErrorReply:
+    """One of pydantic's error details, as a 400: OpenAI does not answer 422 for these."""
+    param = _param_name(problem["loc"][1:])
+    match problem["type"]:
+        case "json_invalid":
+            reason = problem.get("ctx", {}).get("error", "invalid JSON")
+            return ErrorReply(400, f"The request body is not valid JSON: {reason}.")
+        case "extra_forbidden":
+            message = f"'{param}' is not supported here, or not with this value."
+            return ErrorReply(400, message, param=param, code="unsupported_parameter")
+        case "missing" if param is not None:
+            return ErrorReply(400, f"'{param}' is required.", param=param, code="missing_required_parameter")
+        case _ if param is None:
+            return ErrorReply(400, "The request body must be a JSON object, sent as application/json.")
+        case _:
+            reason = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
+            return ErrorReply(400, f"Invalid value for '{param}': {reason}.", param=param, code="invalid_value")
+
+
+def _param_name(location: Sequence[str | int]) -> str | None:
+    """("messages", 0, "content") as messages[0].content; None for the body itself."""
+    named = [part for part in location if part != "[key]"]  # pydantic's mark for a fault of a dictionary's key
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in named]
+    return "".join(parts).removeprefix(".") or None
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error of `app` in OpenAI's form."""
+    for kind in (InvalidRequestError, EngineClosedError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _reply)
+    app.add_exception_handler(ClientDisconnect, _nobody_listens)
+    # Starlette raises what this one handled once more, so that the server logs the traceback.
+    app.add_exception_handler(Exception, _reply)
+
+
+async def _reply(request: Request, error: Exception) -> Response:
+    reply = describe(error)
+    return JSONResponse(reply.body, reply.status, headers=getattr(error, "headers", None))
+
+
+async def _nobody_listens(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

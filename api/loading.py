@@ -1,0 +1,32 @@
+"""Loading the engine that the command line asked for, with a sign of life on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from stemcache.engine.engine import Engine
+
+
+def load_engine(options: argparse.Namespace) -> Engine:
+    """The engine of `--model`, `--device`, `--dtype`, `--pool-bytes` and `--chunk-tokens`. Raises StemcacheError."""
+    console = Console(stderr=True, highlight=False)
+    start = time.monotonic()
+    with console.status("loading torch and transformers ..."):  # shows nothing where stderr is no terminal
+        from stemcache.engine.demo import MODEL_PATH
+        from stemcache.engine.engine import Engine
+    model = options.model or MODEL_PATH
+    with console.status(f"loading {model} ..."):
+        engine = Engine.load(
+            model,
+            device=options.device,
+            dtype=options.dtype,
+            pool_bytes=options.pool_bytes,
+            chunk_tokens=options.chunk_tokens,
+        )
+    console.print(f"loaded {engine.model_name} in {time.monotonic() - start:.1f} s")
+    return engine

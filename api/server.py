@@ -1,0 +1,126 @@
+"""The HTTP application: OpenAI's completion routes over one engine.
+
+Invariant: a request that cannot be served is refused before anything is generated, and whatever happens to a request or
+its client, the engine lives on and the request's slots are freed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from stemcache._version import __version__
+from stemcache.api.disconnect import until_disconnect
+from stemcache.api.errors import ModelNotFoundError, add_error_handlers
+from stemcache.api.formats import ChatFormat, CompletionFormat, Format
+from stemcache.api.generation import Generation
+from stemcache.api.schemas import ChatRequest, CompletionRequest, SamplingRequest
+from stemcache.api.sse import EventStream
+from stemcache.engine.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from stemcache.engine.engine import Engine
+    from stemcache.engine.sampling import SamplingParams
+
+# Tokenising some kilobytes takes less time than the way to another thread and back.
+_LONG_TEXT = 8192
+
+
+def create_app(engine: Engine) -> FastAPI:
+    """The application that serves `engine`. Whoever made the engine closes it."""
+    endpoint = Endpoint(engine)
+    app = FastAPI(title="stemcache", version=__version__)
+    add_error_handlers(app)
+    app.post("/v1/completions")(endpoint.complete)
+    app.post("/v1/chat/completions")(endpoint.chat)
+    app.get("/v1/models")(endpoint.models)
+    app.get("/v1/models/{name:path}")(endpoint.model)
+    app.get("/health")(endpoint.health)
+    return app
+
+
+class Endpoint:
+    """The routes. Each one is a translation: its fields to an engine's call, the engine's deltas to its format."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        """OpenAI's text completions."""
+        self._require_model(body.model)
+        params = body.sampling_params()
+        prompts = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+        shape = CompletionFormat(self._engine, logprobs=params.logprobs is not None)
+        return await self._answer(body, prompts, params, shape, request)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """OpenAI's chat completions, with vLLM's `documents`."""
+        self._require_model(body.model)
+        params = body.sampling_params()
+        prompt = await self._encode_chat(body)
+        shape = ChatFormat(self._engine, logprobs=body.logprobs)
+        try:
+            return await self._answer(body, [prompt], params, shape, request)
+        except InvalidRequestError as error:
+            if error.param == "prompt":  # the engine knows nothing of messages
+                error.param = "messages"
+            raise
+
+    async def models(self) -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [self._model_card()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        self._require_model(name)
+        return self._model_card()
+
+    async def health(self) -> dict[str, Any]:
+        """Whether the engine can answer; 503 when it cannot."""
+        stats = await asyncio.to_thread(self._engine.stats)  # it waits for the engine's running step
+        return {"status": "ok", "running": stats.running, "waiting": stats.waiting}
+
+    async def _answer(
+        self,
+        body: SamplingRequest,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        shape: Format,
+        request: Request,
+    ) -> Response:
+        generation = Generation.submit(self._engine, prompts, params)
+        if body.stream:
+            return EventStream(generation, shape.chunks(generation, include_usage=body.include_usage))
+        async with generation:
+            choices = await until_disconnect(generation.collect(), request.receive)
+        return JSONResponse(shape.response(choices, generation.usage))
+
+    async def _encode(self, text: str) -> list[int]:
+        if len(text) < _LONG_TEXT:
+            return self._engine.encode(text)
+        return await asyncio.to_thread(self._engine.encode, text)
+
+    async def _encode_chat(self, body: ChatRequest) -> list[int]:
+        messages = [message.for_template() for message in body.messages]
+        documents = None if body.documents is None else [document.model_dump() for document in body.documents]
+        length = sum(len(text) for part in (*messages, *(documents or ())) for text in part.values())
+        if length < _LONG_TEXT:
+            return self._engine.encode_chat(messages, documents=documents)
+        return await asyncio.to_thread(self._engine.encode_chat, messages, documents=documents)
+
+    def _require_model(self, name: str | None) -> None:
+        if name is not None and name != self._engine.model_name:
+            raise ModelNotFoundError(name, self._engine.model_name)
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self._engine.model_name,
+            "object": "model",
+            "created": self._engine.created,
+            "owned_by": "stemcache",
+            "root": self._engine.model_name,
+            "parent": None,
+            "max_model_len": self._engine.max_model_len,
+        }

@@ -1,0 +1,87 @@
+"""A `stemcache serve` child process.
+
+Invariant: when the `with` block is left the child has ended, whatever happened in the block.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from types import TracebackType
+
+import httpx
+
+from stemcache.prefixtree.errors import StemcacheError
+
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 10
+
+
+def free_port() -> int:
+    """A port that nobody uses now. Somebody else may take it before the caller does; then the server says so."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerStartError(StemcacheError):
+    """The server ended, or did not answer in time; the message ends with what it printed last."""
+
+
+class ServerProcess:
+    """A server on a free port of this machine. `arguments` are those of `stemcache serve`."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
+        # A session of its own, so that Ctrl-C reaches the parent only, which then stops the child in order.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "stemcache.api.cli", "serve", "--port", str(self.port), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._log.close()
+
+    def wait_until_ready(self, timeout: float = 120.0) -> None:
+        """Return when /health answers. `timeout` in seconds. Raises ServerStartError."""
+        deadline = time.monotonic() + timeout
+        with httpx.Client(trust_env=False, timeout=5) as client:
+            while time.monotonic() < deadline:
+                if self._process.poll() is not None:
+                    raise ServerStartError(f"the server ended with status {self._process.returncode}: {self.output()}")
+                try:
+                    if client.get(f"{self.url}/health").is_success:
+                        return
+                except httpx.TransportError:
+                    pass
+                time.sleep(_POLL_SECONDS)
+        raise ServerStartError(f"the server did not answer within {timeout:g} s: {self.output()}")
+
+    def stop(self) -> int:
+        """Ask the server to end, and insist after a while; returns its exit status. Idempotent."""
+        self._process.terminate()
+        try:
+            return self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def output(self, last_bytes: int = 4000) -> str:
+        """The end of what the server printed."""
+        size = self._log.seek(0, 2)
+        self._log.seek(max(0, size - last_bytes))
+        return self._log.read().decode(errors="replace").strip()

@@ -1,0 +1,199 @@
+"""Greedy float32 tokens of the engine against transformers' own `generate`, over random workloads of every family.
+
+    python benchmarks/equivalence.py --workloads 200
+
+A workload is a pool of a few chunks, prompts that share prefixes and diverge inside chunks, arrivals in mid-flight, forks
+(n = 2), cancellations, small steps, and too little room, so that it evicts and preempts. Each finished choice must equal
+what `generate` gives for its prompt alone. The tests run a few workloads of each family; this runs many and counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from stemcache import Engine, SamplingParams
+from stemcache.engine.stream import Stream
+
+VOCABULARY = 128
+CHUNK = 16
+LONGEST_PROMPT = 96
+
+_COMMON: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2)
+
+# Windows are shorter than the prompts and fall inside chunks; every other layer is windowed where a family mixes them.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"num_key_value_heads": 1}),
+    "mistral": ("MistralConfig", {"sliding_window": 21}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 4}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 23, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0}),
+    "gemma3_text": ("Gemma3TextConfig", {"sliding_window": 13, "query_pre_attn_scalar": 16, "num_hidden_layers": 6}),
+    "phi3": ("Phi3Config", {"sliding_window": 33}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "gpt_oss": ("GptOssConfig", {"sliding_window": 17, "num_local_experts": 4, **_EXPERTS}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, **_EXPERTS}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 32, **_EXPERTS}),
+}
+
+
+def random_models(family: str, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two models of a family with the same random weights: one to serve, one with transformers' own attention."""
+    kind, extra = FAMILIES[family]
+    config_class = getattr(transformers, kind)
+    own_attention = "eager" if family in ("gemma2", "gpt_oss") else "sdpa"
+    models = []
+    for _ in range(2):
+        config = config_class(**{**_COMMON, **extra})
+        config._attn_implementation = own_attention
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own_attention)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() >= 2:  # the default of 0.02 would leave attention with next to no say in the logits
+                    parameter.normal_(std=1.4 * parameter.shape[-1] ** -0.5)
+                elif name.endswith("sinks"):
+                    parameter.normal_()
+        models.append(model.eval())
+    return models[0], models[1]
+
+
+@dataclass
+class Tally:
+    """What a number of workloads did. `differences` holds one line for each choice that was not equal."""
+
+    choices: int = 0
+    tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    evictions: int = 0
+    cancelled: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class Reference:
+    """Greedy continuations by transformers' `generate`, remembered by prompt."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def continuation(self, prompt: list[int], n_tokens: int) -> list[int]:
+        key = tuple(prompt)
+        if len(self._known.get(key, ())) < n_tokens:
+            with torch.inference_mode():
+                output = self._model.generate(
+                    torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                    max_new_tokens=n_tokens, do_sample=False, eos_token_id=None,
+                )  # fmt: skip
+            self._known[key] = output[0, len(prompt) :].tolist()
+        return self._known[key][:n_tokens]
+
+
+def random_prompts(rng: random.Random, count: int) -> list[list[int]]:
+    """Prompts of 1 to LONGEST_PROMPT tokens; most continue a cut of an earlier one."""
+    prompts: list[list[int]] = []
+    for _ in range(count):
+        stem: list[int] = []
+        if prompts and rng.random() < 0.75:
+            parent = rng.choice(prompts)
+            stem = parent[: rng.choice([len(parent), rng.randint(0, len(parent)), len(parent) // CHUNK * CHUNK])]
+        room = LONGEST_PROMPT - len(stem)
+        fresh = rng.randint(0 if stem else 1, max(1, min(room, rng.choice([3, 20, 60]))))
+        prompts.append(stem + [rng.randrange(3, VOCABULARY) for _ in range(fresh)])
+    return prompts
+
+
+def run_workload(served: PreTrainedModel, reference: Reference, seed: int) -> Tally:
+    """One random workload; compares every choice that was not cancelled, and checks the store afterwards."""
+    rng = random.Random(seed)
+    prompts = random_prompts(rng, rng.randint(2, 7))
+    limits = [rng.choice([1, 5, 12, 30]) for _ in prompts]
+    longest = max(-(-(len(p) + n) // CHUNK) for p, n in zip(prompts, limits, strict=True))
+    tally = Tally()
+    chunk_bytes = CHUNK * 2 * served.config.num_hidden_layers * served.config.num_key_value_heads * 16 * 4
+    with Engine.from_model(
+        served,
+        pool_bytes=chunk_bytes * (longest + rng.choice([0, 1, 2, 8])),
+        chunk_tokens=CHUNK,
+        max_step_tokens=rng.choice([5, 16, 64, 512]),
+    ) as engine:
+        streams = []
+        for prompt, limit in zip(prompts, limits, strict=True):
+            params = SamplingParams(max_tokens=limit, temperature=0, n=rng.choice([1, 1, 2]), ignore_eos=True)
+            streams.append((prompt, limit, engine.submit(prompt, params), rng.random() < 0.1))
+            if rng.random() < 0.4:  # let the earlier ones get going, so that this one arrives in mid-flight
+                engine.stats()
+        for prompt, limit, stream, cancel in streams:
+            _compare(prompt, limit, stream, cancel, reference, tally, seed)
+        stats = engine.stats()
+        engine.check()
+        assert stats.running == stats.waiting == 0, "cancelled or finished requests are still scheduled"
+        tally.preemptions, tally.evictions = stats.preemptions, stats.store.evicted_chunks
+    return tally
+
+
+def _compare(
+    prompt: list[int], limit: int, stream: Stream, cancel: bool, reference: Reference, tally: Tally, seed: int
+) -> None:
+    if cancel:
+        stream.cancel()
+        tally.cancelled += 1
+        for _ in stream:
+            pass
+        return
+    choices: dict[int, list[int]] = {}
+    for delta in stream:
+        choices.setdefault(delta.index, []).extend(delta.token_ids)
+    expected = reference.continuation(prompt, limit)
+    for index, tokens in choices.items():
+        tally.choices += 1
+        tally.tokens += len(tokens)
+        if tokens != expected:
+            tally.differences.append(f"workload {seed}, choice {index}, prompt {prompt}: {tokens} is not {expected}")
+    tally.cached_tokens += stream.usage.cached_tokens
+
+
+def main() -> None:
+    from harness import print_table, record, write_results
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", type=int, default=200)
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    rows: list[dict[str, Any]] = []
+    for family in options.families:
+        served, own = random_models(family)
+        reference, total = Reference(own), Tally()
+        for seed in track(range(options.workloads), description=family):
+            total.add(run_workload(served, reference, seed))
+        counts: Counter[str] = Counter({k: v for k, v in vars(total).items() if isinstance(v, int)})
+        rows.append({"family": family, **counts, "differences": len(total.differences)})
+        for line in total.differences[:3]:
+            print(line)
+    print_table(rows)
+    write_results("equivalence", {**record(), "workloads": options.workloads, "rows": rows})
+    if any(row["differences"] for row in rows):
+        raise SystemExit("the engine's tokens differ from generate's")
+
+
+if __name__ == "__main__":
+    main()

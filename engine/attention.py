@@ -1,0 +1,78 @@
+"""The bridge from transformers' attention layers to the kernels: the only file that knows both.
+
+Invariant: every argument that a model passes to its attention is honoured or refused; none is swallowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from stemcache.engine.errors import ModelLoadError
+from stemcache.kernels.attention import append_kv, attend
+from stemcache.kernels.plan import AttentionPlan
+from stemcache.prefixtree.pool import KVPool
+
+NAME: Final = "stemcache"
+
+# What models pass on to every attention function and what changes nothing here: the positions are in the plan, the cache is
+# the pool, dropout is off in inference, and what to report besides the logits is not attention's business.
+_IMMATERIAL = frozenset(
+    {"position_ids", "use_cache", "dropout", "output_attentions", "output_hidden_states", "output_router_logits"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What one forward pass hands to its attention layers through the model's keyword arguments."""
+
+    plan: AttentionPlan
+    pool: KVPool
+
+
+def register() -> None:
+    """Make the attention known to transformers; idempotent."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The plan says who sees whom; a mask over packed sequences would be as large as the square of the batch."""
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    step: StepContext,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the packed rows: query [1, q_heads, T, head_dim], key and value [1, kv_heads, T, head_dim]."""
+    refused = sorted(name for name, given in others.items() if given is not None and name not in _IMMATERIAL)
+    if refused or attention_mask is not None:
+        raise ModelLoadError(
+            f"{type(module).__name__} asks its attention for {', '.join(refused) or 'a mask'}, which is not supported, so "
+            "the model cannot be served exactly"
+        )
+    pool_layer = step.pool.layer(int(module.layer_idx))  # type: ignore[arg-type]
+    append_kv(pool_layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.plan)
+    output = attend(
+        query[0].transpose(0, 1),
+        pool_layer,
+        step.plan,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output[None], None

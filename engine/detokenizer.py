@@ -1,0 +1,84 @@
+"""From token ids to text, a token at a time.
+
+Invariant: the text given out so far, joined, is a prefix of the final text, and never holds an unfinished character or
+anything that might still turn out to be a stop string.
+
+The bytes-to-text part is the tokenizers library's `DecodeStream`; what is ours is the holding back of stop strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+# Some decoders treat the first token of a text specially (SentencePiece strips its space), so decoding starts inside the prompt.
+_PROMPT_TAIL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that may be given out now, and whether a stop string ended the sequence."""
+
+    text: str
+    stopped: bool
+
+
+class Detokenizer:
+    """The text of one generated sequence. Without a tokenizer all text is empty."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._held = ""
+        self._tail = list(prompt[-_PROMPT_TAIL:])
+        self._tokens: list[int] = []
+        self._decoded = 0
+        self._stream = DecodeStream(self._tail, skip_special_tokens=True) if tokenizer is not None else None
+
+    def add(self, token: int) -> Piece:
+        """The text that `token` makes certain."""
+        if self._stream is None:
+            return Piece("", False)
+        self._tokens.append(token)
+        text = self._stream.step(self._tokenizer, token) or ""
+        self._decoded += len(text)
+        return self._release(text)
+
+    def finish(self) -> Piece:
+        """What is left when the sequence ends: unfinished bytes as replacement characters, and held-back text."""
+        piece = self._release(self._unfinished())
+        if piece.stopped:
+            return piece
+        text, self._held = piece.text + self._held, ""
+        return Piece(text, False)
+
+    def _unfinished(self) -> str:
+        """Text that the stream still withholds because its last character is not complete."""
+        if self._tokenizer is None:
+            return ""
+        before = self._tokenizer.decode(self._tail, skip_special_tokens=True)
+        whole = self._tokenizer.decode(self._tail + self._tokens, skip_special_tokens=True)
+        return whole[len(before) + self._decoded :]
+
+    def _release(self, text: str) -> Piece:
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            text, self._held = self._held[: min(found)], ""
+            return Piece(text, True)
+        keep = self._possible_stop()
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return Piece(text, False)
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            end = self._held[-length:]
+            if any(stop.startswith(end) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,281 @@
+"""The engine: a model served from a shared prefix store.
+
+    from stemcache import Engine, SamplingParams
+
+    with Engine.load("path-or-hub-name") as engine:
+        for completion in engine.generate(["..."], SamplingParams(max_tokens=32)):
+            print(completion.text, completion.usage.cached_tokens)
+
+Invariant: a request is checked before it is queued, so what reaches the engine's thread can be served.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stemcache.engine import attention
+from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
+from stemcache.engine.errors import ContextLengthError, InvalidRequestError, ModelLoadError
+from stemcache.engine.families import require_served
+from stemcache.engine.loop import EngineLoop
+from stemcache.engine.outputs import Completion, Delta
+from stemcache.engine.prompts import Prompts
+from stemcache.engine.runner import ModelRunner
+from stemcache.engine.sampling import SamplingParams
+from stemcache.engine.sequence import Request
+from stemcache.engine.stream import Stream
+from stemcache.prefixtree.namespace import Namespace
+from stemcache.prefixtree.store import StoreStats
+
+# One step's work is what a decoding sequence may have to wait for; on two CPU cores 512 tokens of a 135M model are about half a
+# second. Larger steps gain little, since from a few hundred rows on a matrix product is bound by arithmetic, not by the weights.
+MAX_STEP_TOKENS = 512
+MAX_RUNNING = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot: sequences running and waiting, preemptions since the start, and the store's counters."""
+
+    running: int
+    waiting: int
+    preemptions: int
+    store: StoreStats
+
+
+class Engine:
+    """Serves one model. Methods may be called from any thread; computation happens on the engine's own."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        *,
+        pool_bytes: int = 2 << 30,
+        chunk_tokens: int = 64,
+        max_step_tokens: int = MAX_STEP_TOKENS,
+        max_running: int = MAX_RUNNING,
+    ) -> None:
+        self.model_name = name
+        self.created = int(time.time())
+        self._prompts = Prompts(checkpoint.tokenizer)
+        self._runner = ModelRunner(checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens)
+        self._fingerprint = checkpoint.fingerprint
+        self.vocab_size = self._runner.vocab_size
+        pool_tokens = self._runner.pool.n_chunks * chunk_tokens
+        self.max_model_len = min(self._runner.context_length, pool_tokens)
+        eos = _eos_ids(checkpoint)
+        self._loop = EngineLoop(
+            self._runner, self._prompts, eos, max_step_tokens=max_step_tokens, max_running=max_running
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path_or_name: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        pool_bytes: int = 2 << 30,
+        chunk_tokens: int = 64,
+    ) -> Engine:
+        """Load a folder in Hugging Face's form, or a hub name.
+
+        device: "auto" (a GPU if there is one), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16" or "float16".
+        pool_bytes: memory for keys and values. chunk_tokens: tokens per chunk, a power of two from 16 to 256.
+        Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other chunk sizes.
+        """
+        checkpoint = load_checkpoint(path_or_name, device=_device(device), dtype=dtype)
+        name = Path(path_or_name).name if Path(path_or_name).exists() else str(path_or_name)
+        return cls(checkpoint, name, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens)
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model", **options: Any
+    ) -> Engine:
+        """Serve a model that is already in memory; its attention is switched to stemcache's. `options` as in the constructor.
+
+        Without a tokenizer only token ids are served. Raises ModelLoadError.
+        """
+        require_served(model.config)
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        return cls(Checkpoint(model.eval(), tokenizer, os.urandom(32)), name, **options)
+
+    # -- prompts --------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self._prompts.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation, by the model's chat template."""
+        return self._prompts.encode_chat(messages, documents=documents, add_generation_prompt=add_generation_prompt)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token."""
+        return self._prompts.token_text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token."""
+        return self._prompts.token_bytes(token_id)
+
+    # -- requests -------------------------------------------------------------------------------------------------------
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams | None = None, *, tenant: bytes = b"") -> Stream:
+        """Queue a prompt of token ids and return the stream of its deltas.
+
+        tenant: requests of different tenants never share chunks.
+        Raises InvalidRequestError, ContextLengthError, EngineClosedError.
+        """
+        params = params or SamplingParams()
+        self._loop.require_alive()
+        self._check_tokens(prompt, params)
+        room = self._check_length(len(prompt), params)
+        namespace = Namespace.of(
+            model=self._fingerprint,
+            dtype=self._runner.layout.dtype,
+            chunk_tokens=self._runner.layout.chunk_tokens,
+            tenant=tenant,
+        )
+        stream = Stream(len(prompt), lambda: self._loop.cancel(request))
+        request = Request(list(prompt), params, namespace, room, stream)
+        self._loop.submit(request)
+        return stream
+
+    def generate(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None
+    ) -> Iterator[Completion]:
+        """Complete all prompts at once; yields each prompt's choices in order, as soon as they are complete.
+
+        Raises what `submit` raises, before anything is computed. Dropping the iterator cancels what is left.
+        """
+        streams: list[Stream] = []
+        try:
+            for prompt in prompts:
+                tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
+                streams.append(self.submit(tokens, params))
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return self._completions(streams)
+
+    def _completions(self, streams: list[Stream]) -> Iterator[Completion]:
+        try:
+            for prompt_index, stream in enumerate(streams):
+                choices: dict[int, list[Delta]] = {}
+                for delta in stream:
+                    choices.setdefault(delta.index, []).append(delta)
+                for index, deltas in sorted(choices.items()):
+                    yield _completion(deltas, index, prompt_index, stream)
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    def _check_tokens(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
+        named = {"prompt": prompt, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        for param, tokens in named.items():
+            for token in tokens:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                    raise InvalidRequestError(
+                        f"token ids must be integers from 0 to {self.vocab_size - 1}; got {token!r}", param=param
+                    )
+        if params.stop and self._prompts.backend is None:
+            raise InvalidRequestError("this model has no tokenizer, so there is no text to stop at", param="stop")
+
+    def _check_length(self, n_prompt: int, params: SamplingParams) -> int:
+        """How many tokens may be generated at most."""
+        room = self.max_model_len - n_prompt
+        what = "the model" if self.max_model_len == self._runner.context_length else "the pool (see pool_bytes)"
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {n_prompt} tokens; {what} holds {self.max_model_len}, of which at least one is for the answer"
+            )
+        if params.max_tokens is None:
+            return room
+        if params.max_tokens > room:
+            raise ContextLengthError(
+                f"{n_prompt} prompt tokens and max_tokens={params.max_tokens} are more than the {self.max_model_len} "
+                f"tokens that {what} holds",
+                param="max_tokens",
+            )
+        return params.max_tokens
+
+    # -- life -----------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """A consistent snapshot, taken between two steps."""
+        scheduler, store = self._loop.scheduler, self._loop.store
+        return self._loop.call(
+            lambda: EngineStats(len(scheduler.running), len(scheduler.waiting), scheduler.preemptions, store.stats())
+        )
+
+    def check(self) -> None:
+        """Prove that no slot, lease or chunk is lost. Raises InvariantError."""
+        self._loop.call(self._loop.store.check)
+
+    def clear_cache(self) -> int:
+        """Drop all chunks that no request uses; returns how many."""
+        return self._loop.call(self._loop.store.clear)
+
+    def close(self) -> None:
+        """End all requests and free the engine's thread; idempotent."""
+        self._loop.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _completion(deltas: list[Delta], index: int, prompt_index: int, stream: Stream) -> Completion:
+    reason = deltas[-1].finish_reason
+    assert reason is not None
+    return Completion(
+        "".join(delta.text for delta in deltas),
+        tuple(token for delta in deltas for token in delta.token_ids),
+        reason,
+        index,
+        prompt_index,
+        tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        stream.usage,
+    )
+
+
+def _eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """End-of-sequence tokens by generation config, model config and tokenizer, whichever names them."""
+    named = [
+        getattr(checkpoint.model.generation_config, "eos_token_id", None),
+        checkpoint.model.config.eos_token_id,
+        getattr(checkpoint.tokenizer, "eos_token_id", None),
+    ]
+    return frozenset(i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
+
+
+def _device(device: str) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ModelLoadError(f"device must be auto, cpu or cuda; got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError("no usable GPU: torch.cuda.is_available() is false; use device='cpu' or 'auto'")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,210 @@
+"""The engine's thread: schedule, run, choose, deliver, again.
+
+Invariant: store, pool, scheduler and sequences are touched by this thread only; everybody else posts functions to its
+inbox. Whatever goes wrong in a step ends the requests of that step and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from torch import Tensor
+
+from stemcache.engine.detokenizer import Detokenizer
+from stemcache.engine.errors import EngineClosedError, EngineError
+from stemcache.engine.outputs import Delta, FinishReason
+from stemcache.engine.prompts import Prompts
+from stemcache.engine.runner import ModelRunner
+from stemcache.engine.sampler import Chosen, TokenChooser, choose_tokens
+from stemcache.engine.scheduler import Scheduled, Scheduler
+from stemcache.engine.sequence import Request, Sequence
+from stemcache.prefixtree.store import PrefixStore
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class EngineLoop:
+    """Runs requests until it is closed. `submit`, `cancel`, `call` and `close` may be called from any thread."""
+
+    def __init__(
+        self, runner: ModelRunner, prompts: Prompts, eos: frozenset[int], *, max_step_tokens: int, max_running: int
+    ) -> None:
+        self._runner = runner
+        self._prompts = prompts
+        self._eos = eos
+        pool = runner.pool
+        self.store = PrefixStore(pool.n_chunks, runner.layout.chunk_tokens, pool.copy_tokens)
+        self.scheduler = Scheduler(self.store, max_step_tokens=max_step_tokens, max_running=max_running)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closing = False
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="stemcache-engine", daemon=True)
+        self._thread.start()
+
+    # -- any thread ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its deltas go to its stream. Raises EngineClosedError."""
+        self.require_alive()
+        self._inbox.put(lambda: self._accept(request))
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request after the running step."""
+        self._inbox.put(lambda: self._end(request))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function between two steps, on the engine's thread, and give back what it returns or raises."""
+        self.require_alive()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        while True:
+            try:
+                return future.result(timeout=1)
+            except TimeoutError:
+                if not future.done():
+                    self.require_alive()
+
+    def close(self) -> None:
+        """End all requests and the thread; idempotent."""
+        self._inbox.put(self._request_close)
+        self._thread.join()
+
+    def require_alive(self) -> None:
+        """Raise EngineClosedError unless the thread runs."""
+        if self._death is not None:
+            raise EngineClosedError(f"the engine died: {self._death}") from self._death
+        if self._closing or not self._thread.is_alive():
+            raise EngineClosedError("the engine is closed")
+
+    # -- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._read_inbox()
+                if not self.scheduler.is_idle and not self._closing:
+                    self._step()
+        except BaseException as error:  # a bug of ours: say so to everybody who waits, instead of letting them hang
+            log.exception("the engine's thread died")
+            self._death = error
+        cause = self._death or EngineClosedError("the engine was closed before the request was finished")
+        while not self._inbox.empty():  # requests posted since, and callers that wait for an answer
+            self._inbox.get()()
+        for request in self.scheduler.requests():
+            self._end(request, cause if isinstance(cause, EngineError) else EngineClosedError(f"the engine died: {cause}"))
+
+    def _read_inbox(self) -> None:
+        """Do what others asked for; with nothing to compute, wait for it."""
+        if self.scheduler.is_idle:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _request_close(self) -> None:
+        self._closing = True
+
+    def _accept(self, request: Request) -> None:
+        self.scheduler.add(self._new_sequence(request))
+
+    def _new_sequence(self, request: Request) -> Sequence:
+        index = len(request.sequences)
+        sequence = Sequence(
+            request,
+            index,
+            list(request.prompt),
+            Detokenizer(self._prompts.backend, request.prompt, request.params.stop),
+            TokenChooser(request.params, index, self._runner.device),
+        )
+        request.sequences.append(sequence)
+        return sequence
+
+    def _end(self, request: Request, error: BaseException | None = None) -> None:
+        for sequence in request.sequences:
+            self.scheduler.remove(sequence)
+        request.stream.end(error)
+
+    def _step(self) -> None:
+        step = self.scheduler.schedule()
+        assert step, "requests wait, none runs and none can start"
+        try:
+            logits = self._runner.run(step)
+            self._commit(step)
+            rows = self._rows_to_choose(step)
+            if not rows:
+                return
+            sequences = list(rows)
+            chosen = choose_tokens(
+                logits if len(rows) == len(logits) else logits[list(rows.values())],
+                [sequence.chooser for sequence in sequences],
+                [sequence.tokens for sequence in sequences],
+            )
+        except Exception as error:
+            log.exception("a step failed")
+            failure = error if isinstance(error, EngineError) else EngineError(f"the step failed: {error}")
+            for request in {entry.sequence.request: None for entry in step}:
+                self._end(request, failure)
+            return
+        for sequence, choice in zip(sequences, chosen, strict=True):
+            self._deliver(sequence, choice)
+
+    def _commit(self, step: list[Scheduled]) -> None:
+        """Publish what the step computed; only now may others find it."""
+        for entry in step:
+            sequence = entry.sequence
+            sequence.computed = entry.stop
+            assert sequence.lease is not None
+            sequence.lease.commit(sequence.tokens if entry.completes else sequence.tokens[: entry.stop])
+
+    def _rows_to_choose(self, step: list[Scheduled]) -> dict[Sequence, int]:
+        """The sequences that get a token now, and the row of their logits. A prompt's choices fork from its first one."""
+        rows: dict[Sequence, int] = {}
+        for row, entry in enumerate(entry for entry in step if entry.completes):
+            request = entry.sequence.request
+            rows[entry.sequence] = row
+            while len(request.sequences) < request.params.n:
+                child = self._new_sequence(request)
+                self.scheduler.fork(entry.sequence, child)
+                if child.lease is not None:
+                    rows[child] = row
+        return rows
+
+    def _deliver(self, sequence: Sequence, chosen: Chosen) -> None:
+        request = sequence.request
+        sequence.tokens.append(chosen.token_id)
+        request.completion_tokens += 1
+        reason, text = self._judge(sequence, chosen.token_id)
+        sequence.finish_reason = reason
+        logprobs = () if chosen.logprob is None else (chosen.logprob,)
+        delta = Delta(sequence.index, text, (chosen.token_id,), logprobs, reason)
+        if reason is not None:
+            self.scheduler.remove(sequence)
+        request.stream.push(delta, request.usage)
+        if request.is_finished:
+            request.stream.end()
+
+    def _judge(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str]:
+        """Whether `token` ends its sequence, and the text that it makes certain."""
+        params = sequence.request.params
+        ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        if ends:
+            return "stop", sequence.detokenizer.finish().text
+        piece = sequence.detokenizer.add(token)
+        if piece.stopped:
+            return "stop", piece.text
+        if sequence.generated >= sequence.request.max_tokens:
+            rest = sequence.detokenizer.finish()
+            return ("stop" if rest.stopped else "length"), piece.text + rest.text
+        return None, piece.text

@@ -1,0 +1,53 @@
+"""What a request gives back: deltas while it runs, completions at the end. Plain values without behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a chosen token, and the likeliest tokens (id, log-probability) in falling order."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step adds to choice `index`. Each choice ends with exactly one delta that has a finish reason.
+
+    `text` may lag behind `token_ids`: unfinished characters and possible stop strings are held back.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request. `cached_tokens` of the prompt were not computed but found in the store."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished choice of one prompt of `Engine.generate`. `usage` is that of the whole request, all its choices."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    index: int
+    prompt_index: int
+    logprobs: tuple[TokenLogprob, ...]
+    usage: Usage

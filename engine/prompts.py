@@ -1,0 +1,97 @@
+"""Prompts: text and chats to token ids, and single tokens back to text.
+
+Invariant: the same text gives the same tokens, from any thread; nothing that the caller passed is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jinja2
+from jinja2 import meta
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from stemcache.engine.errors import InvalidRequestError
+
+
+class Prompts:
+    """The tokenizer and chat template of one model; both may be missing, and then only token ids can be served."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def backend(self) -> Tokenizer | None:
+        """The tokenizers library's object. It keeps no state between calls, so any thread may use it."""
+        return None if self._tokenizer is None else self._tokenizer.backend_tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Raises InvalidRequestError without a tokenizer."""
+        if self.backend is None:
+            raise InvalidRequestError("this model has no tokenizer: give the prompt as token ids", param="prompt")
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation through the model's chat template.
+
+        Raises InvalidRequestError when there is no template, it refuses the messages, or it has no place for documents.
+        """
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            raise InvalidRequestError("this model has no chat template: use completions instead", param="messages")
+        if documents and not self._takes_documents:
+            raise InvalidRequestError(
+                "this model's chat template has no place for documents: put their text into a message",
+                param="documents",
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                documents=[dict(document) for document in documents] if documents else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
+        return self.encode(text, add_special_tokens=False)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token on its own; bytes that are no whole character show as replacement characters."""
+        return "" if self.backend is None else str(self.backend.decode([token], skip_special_tokens=False))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, exact also where they are part of a character."""
+        text = self.token_text(token)
+        name = self.backend.id_to_token(token) if self.backend is not None else None
+        if name is None or "\ufffd" not in text:
+            return text.encode()
+        if name.startswith("<0x") and name.endswith(">"):  # SentencePiece's byte fallback
+            return bytes([int(name[3:-1], 16)])
+        return bytes(self._byte_of[char] for char in name if char in self._byte_of)
+
+    def special_ids(self, texts: Iterable[str | None]) -> frozenset[int]:
+        """Ids of the given special tokens, those that exist."""
+        if self.backend is None:
+            return frozenset()
+        ids = (self.backend.token_to_id(text) for text in texts if text)
+        return frozenset(i for i in ids if i is not None)
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """The printable characters that byte-level BPE writes for bytes (GPT-2)."""
+        return {char: byte for byte, char in bytes_to_unicode().items()}
+
+    @cached_property
+    def _takes_documents(self) -> bool:
+        assert self._tokenizer is not None
+        template = self._tokenizer.get_chat_template()
+        return "documents" in meta.find_undeclared_variables(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))

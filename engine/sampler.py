@@ -1,0 +1,117 @@
+"""From logits to tokens.
+
+Invariant: what a sequence draws depends on its own logits, history and seed only, never on what else is in the batch.
+
+Temperature, top-k, top-p, min-p and the repetition penalty are transformers' own logits processors, so they mean what they
+mean in `generate`; OpenAI's penalties and the logit bias are two lines each and stand here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from stemcache.engine.errors import EngineError
+from stemcache.engine.outputs import TokenLogprob
+from stemcache.engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A chosen token and, where the request asked, its log-probability."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+class TokenChooser:
+    """Chooses the tokens of one sequence; owns its random state, which survives preemption."""
+
+    def __init__(self, params: SamplingParams, index: int, device: torch.device) -> None:
+        self.params = params
+        self._counts: Counter[int] = Counter()
+        self._generator = torch.Generator(device=device)
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed((params.seed + index) % 2**63)
+        self._repetition = (
+            RepetitionPenaltyLogitsProcessor(params.repetition_penalty) if params.repetition_penalty != 1.0 else None
+        )
+        self._warpers = LogitsProcessorList()
+        if params.temperature not in (0, 1):
+            self._warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+        if params.top_k:
+            self._warpers.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(float(params.top_p)))
+        if params.min_p > 0:
+            self._warpers.append(MinPLogitsWarper(float(params.min_p)))
+
+    def note(self, token: int) -> None:
+        """Record a generated token for the presence and frequency penalties."""
+        self._counts[token] += 1
+
+    def choose(self, logits: Tensor, history: Sequence[int]) -> int:
+        """The next token from raw logits float32[vocabulary], after `history` (prompt and output)."""
+        scores = self._penalised(logits, history)
+        if self.params.temperature == 0:
+            return int(scores.argmax())
+        scores = self._warpers(None, scores[None])[0]
+        return int(torch.multinomial(torch.softmax(scores, -1), 1, generator=self._generator))
+
+    def _penalised(self, logits: Tensor, history: Sequence[int]) -> Tensor:
+        if not self.params.reshapes_logits:
+            return logits
+        scores = logits.clone()
+        if self._repetition is not None:
+            seen = torch.tensor([history], device=logits.device)
+            scores = self._repetition(seen, scores[None])[0]
+        if self._counts and (self.params.presence_penalty or self.params.frequency_penalty):
+            tokens = torch.tensor(list(self._counts), device=logits.device)
+            times = torch.tensor(list(self._counts.values()), device=logits.device, dtype=scores.dtype)
+            scores[tokens] -= self.params.presence_penalty + self.params.frequency_penalty * times
+        if self.params.logit_bias:
+            tokens = torch.tensor(list(self.params.logit_bias), device=logits.device)
+            scores[tokens] += torch.tensor(
+                list(self.params.logit_bias.values()), device=logits.device, dtype=scores.dtype
+            )
+        return scores
+
+
+def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], histories: Sequence[Sequence[int]]) -> list[Chosen]:
+    """One token for each row of `logits` float32[n, vocabulary].
+
+    Raises EngineError when the model gave NaN, which no sampling rule can mend.
+    """
+    best, greedy = logits.max(-1)
+    # A maximum is NaN exactly when its row holds one, so this costs no pass of its own.
+    if bool(torch.isnan(best).any()):
+        raise EngineError("the model produced NaN logits: its weights are broken or its dtype overflows; try --dtype float32")
+    greedy_ids = greedy.tolist()
+    chosen = []
+    for row, (chooser, history) in enumerate(zip(choosers, histories, strict=True)):
+        token = greedy_ids[row] if chooser.params.is_plain_greedy else chooser.choose(logits[row], history)
+        chooser.note(token)
+        chosen.append(Chosen(token, _logprob(logits[row], token, chooser.params.logprobs)))
+    return chosen
+
+
+def _logprob(logits: Tensor, token: int, alternatives: int | None) -> TokenLogprob | None:
+    if alternatives is None:
+        return None
+    logprobs = torch.log_softmax(logits, -1)
+    values, tokens = logprobs.topk(min(alternatives, logprobs.shape[-1]))
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,77 @@
+"""A request and its sequences: the engine's bookkeeping of one prompt and its choices.
+
+Invariant: the keys and values of `tokens[:computed]` lie in the slots of `lease`; a sequence without a lease has computed
+nothing. `tokens` is the prompt followed by what was generated, and only ever grows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from stemcache.engine.detokenizer import Detokenizer
+from stemcache.engine.outputs import FinishReason, Usage
+from stemcache.engine.sampler import TokenChooser
+from stemcache.engine.sampling import SamplingParams
+from stemcache.engine.stream import Stream
+from stemcache.prefixtree.namespace import Namespace
+from stemcache.prefixtree.store import Lease
+
+_arrivals = itertools.count()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One prompt with its parameters, and where its deltas go. `max_tokens` is what is left of the context at most."""
+
+    prompt: list[int]
+    params: SamplingParams
+    namespace: Namespace
+    max_tokens: int
+    stream: Stream
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+    sequences: list[Sequence] = field(default_factory=list)
+    cached_tokens: int | None = None
+    completion_tokens: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt), self.completion_tokens, self.cached_tokens or 0)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.sequences) == self.params.n and all(s.finish_reason for s in self.sequences)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One choice of a request."""
+
+    request: Request
+    index: int
+    tokens: list[int]
+    detokenizer: Detokenizer
+    chooser: TokenChooser
+    lease: Lease | None = None
+    computed: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are not computed yet; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """First come, first served; the choices of one request stand together."""
+        return (self.request.arrival, self.index)
+
+    def drop_lease(self) -> None:
+        """Give the slots back; full chunks stay cached, so taking up the sequence again is cheap."""
+        if self.lease is not None:
+            self.lease.release()
+        self.lease, self.computed = None, 0

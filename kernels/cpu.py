@@ -1,0 +1,139 @@
+"""The CPU backend: PyTorch's flash kernel over views of the pool, partial results merged by their log-sum-exp.
+
+Invariant: a layer costs the calls of its schedule and one merge; nothing here depends on the number of chunks.
+
+The kernel is `torch.ops.aten._scaled_dot_product_flash_attention_for_cpu`: the exact CPU form that also returns the
+log-sum-exp (natural logarithm), which `scaled_dot_product_attention` hides. Two matrix products with a softmax
+between were slower in both dtypes and, with bfloat16 scores, less exact. It has no softcap; `_softcapped` has.
+
+Partials are held as [K, group, kv_heads, head_dim], the order in which the kernel writes packed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stemcache.kernels.cpu_schedule import Call, Merge, schedule
+from stemcache.kernels.plan import AttentionPlan
+
+SCORES_AT_ONCE = 1 << 22
+"""Elements of the score matrix that the softcap path holds at a time (16 MB in float32)."""
+
+
+def attend(
+    query: Tensor,
+    pool_layer: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Shapes and meaning as in `kernels.attention.attend`, which checks the arguments."""
+    rows, q_heads, head_dim = query.shape
+    kv_heads = pool_layer.shape[1]
+    group = q_heads // kv_heads
+    todo = schedule(plan, window=window, dtype=query.dtype, group=group, kv_heads=kv_heads)
+    partials = [_call(query, pool_layer, call, scale, softcap) for call in todo.calls]
+    if todo.direct and sinks is None:
+        return partials[0][0].transpose(1, 2).reshape(rows, q_heads, head_dim)
+    outputs, lses = zip(*partials, strict=True)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    lse = lses[0] if len(lses) == 1 else torch.cat(lses)
+    sink = None if sinks is None else sinks.float().view(kv_heads, group).t()
+    if len(todo.merges) == 1:
+        merged = _merge(output, lse, todo.merges[0], sink)
+    else:
+        merged = output.new_empty(rows, group, kv_heads, head_dim)
+        for merge in todo.merges:
+            assert merge.rows is not None
+            merged.index_copy_(0, merge.rows, _merge(output, lse, merge, sink))
+    return merged.transpose(1, 2).reshape(rows, q_heads, head_dim)
+
+
+def _call(query: Tensor, pool_layer: Tensor, call: Call, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Run one call. Returns the partials [K, group, kv_heads, head_dim] and their log-sum-exp [K, group, kv_heads],
+    K = splits * batch * n_rows."""
+    q_heads, head_dim = query.shape[1:]
+    kv_heads = pool_layer.shape[1]
+    group = q_heads // kv_heads
+    rows = query if call.rows is None else query.index_select(0, call.rows)
+    key, value = _keys_values(pool_layer, call)
+    if call.packed:
+        packed = rows.view(call.batch, call.n_rows, kv_heads, group, head_dim).transpose(1, 2)
+        queries = packed.reshape(call.batch, kv_heads, call.n_rows * group, head_dim)
+        queries = queries.expand(key.shape[0], -1, -1, -1)
+    else:
+        queries = rows.transpose(0, 1).unsqueeze(0)
+    if softcap is None:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, key, value, 0.0, call.causal, attn_mask=call.mask, scale=scale
+        )
+    else:
+        output, lse = _softcapped(queries, key, value, call, scale, softcap)
+    output, lse = output.transpose(1, 2), lse.transpose(1, 2)  # [batch, kernel rows, heads, ...], contiguous
+    if call.packed:
+        return output.reshape(-1, group, kv_heads, head_dim), lse.reshape(-1, group, kv_heads)
+    shape = (call.n_rows, kv_heads, group)
+    return output.reshape(*shape, head_dim).transpose(1, 2), lse.reshape(shape).transpose(1, 2)
+
+
+def _keys_values(pool_layer: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Keys and values, each [batch or splits, kv_heads, keys, head_dim]: a view of the pool, or gathered chunks."""
+    _, kv_heads, chunks, size, head_dim = pool_layer.shape
+    n = call.stop - call.start
+    if call.chunks is None:
+        part = n // call.splits
+        shape = (2, call.splits, kv_heads, part, head_dim)
+        side, head = kv_heads * chunks * size * head_dim, chunks * size * head_dim
+        start = pool_layer.storage_offset() + call.start * head_dim
+        key, value = pool_layer.as_strided(shape, (side, part * head_dim, head, head_dim, 1), start).unbind()
+        return key, value
+    gathered = pool_layer.index_select(2, call.chunks).view(2, kv_heads, call.batch, -1, head_dim)
+    key, value = gathered.narrow(3, call.start, n).transpose(1, 2).unbind()
+    return key, value
+
+
+def _merge(output: Tensor, lse: Tensor, merge: Merge, sink: Tensor | None) -> Tensor:
+    """Combine each row's partials: weights are the softmax of their log-sum-exps, with a sink as one more that has no
+    value. output [K, group, kv_heads, head_dim], lse [K, group, kv_heads], sink [group, kv_heads] -> [n, ...]."""
+    n, width = merge.partials.shape
+    if width == 1 and sink is None:
+        return output.index_select(0, merge.partials[:, 0])
+    index = merge.partials.flatten()
+    logits = lse.index_select(0, index).view(n, width, *lse.shape[1:])
+    if merge.padding is not None:
+        logits = logits + merge.padding
+    if sink is not None:
+        logits = torch.cat([logits, sink.expand(n, 1, -1, -1)], dim=1)
+    weights = logits.softmax(dim=1)[:, :width].unsqueeze(-1)
+    parts = output.index_select(0, index).view(n, width, *output.shape[1:])
+    return (parts * weights).sum(dim=1).to(output.dtype)
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """The kernel's function with capped scores, in float32: query [b, heads, r, d], key and value [b, kv_heads, k, d] ->
+    output [b, heads, r, d] in the query's dtype and lse [b, heads, r]. Queries go in blocks to bound memory."""
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    key, value = key.float().unsqueeze(2), value.float().unsqueeze(2)
+    grouped = query.view(batch, kv_heads, heads // kv_heads, rows, head_dim)
+    mask = call.mask
+    if call.causal:
+        mask = torch.full((1, 1, rows, keys), float("-inf")).triu_(1)
+    block = max(1, SCORES_AT_ONCE // (batch * heads * keys))
+    outputs, lses = [], []
+    for start in range(0, rows, block):
+        scores = grouped[:, :, :, start : start + block].float() @ key.transpose(-1, -2) * (scale / softcap)
+        scores = scores.tanh_().mul_(softcap)
+        if mask is not None:
+            scores += (mask if mask.shape[2] == 1 else mask[:, :, start : start + block]).unsqueeze(1)
+        lse = scores.logsumexp(dim=-1, keepdim=True)
+        outputs.append((scores - lse).exp_() @ value)
+        lses.append(lse.squeeze(-1))
+    output, lse = torch.cat(outputs, dim=3), torch.cat(lses, dim=3)
+    return output.view(batch, heads, rows, head_dim).to(query.dtype), lse.view(batch, heads, rows)

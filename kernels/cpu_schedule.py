@@ -1,0 +1,320 @@
+"""How the CPU runs a plan: a few calls of the flash kernel, and how their partial results are merged.
+
+Invariant: the calls of a schedule cover every visible (row, key) pair once, and the merge refers only to partials that
+saw at least one key (the kernel returns log-sum-exp 0, not -inf, for a row whose keys are all masked).
+
+Four facts of the CPU kernel shape the cuts (measured on two cores, head_dim 64; `benchmarks/attention.py`):
+a call costs 20 to 30 us, so short runs of many sequences are gathered into one call; from 256 tokens on, reading a run
+in place is cheaper than gathering it; keys are read once for a query tile of 32 rows, so a KV head's whole query group is
+packed into the rows; and its unit of parallel work is (batch, head, query tile), so a long run is split in the batch
+dimension until the tasks balance over the threads.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stemcache.kernels.plan import AttentionPlan, WorkItem
+
+Ints = NDArray[np.int64]
+
+STRETCH_TOKENS = 256
+"""Shortest run read in place, and longest gathered at once: below it a call of its own costs more than the copy."""
+MANY_ROWS = 64
+"""From here on a piece is called by itself, head by head (a prefill); below, pieces of equal shape are batched."""
+BUCKET_CHUNKS = 4
+"""Chunks of padding accepted to save a call: one chunk of one sequence costs about 10 us, a call some 40 us."""
+WINDOW_ROWS = 256
+"""Rows of a long windowed prefill per piece, so that work grows with the window and not with the prompt."""
+SPLIT_TOKENS = 256
+"""Shortest part that a run is split into for the sake of balance."""
+QUERY_TILE = 32
+"""Query rows per task of the kernel for short queries (ATen/native/cpu/FlashAttentionKernel.cpp, q_split_size)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the kernel: `batch` groups of `n_rows` rows, each against its own keys.
+
+    rows: int64[batch * n_rows] rows of the step, or None for all rows in order.
+    chunks: int64[batch * n] chunks to gather, or None for a view of the pool.
+    start, stop: tokens of the view, or of each group's gathered keys.
+    splits: equal parts of a view's keys, each giving its own partial.
+    packed: the query heads of a KV head are packed into the rows; otherwise every head is called by itself.
+    causal: the keys are the rows' own, one each.
+    mask: additive, broadcastable to [batch, 1, kernel rows, keys], or None where all is visible.
+    """
+
+    rows: Tensor | None
+    batch: int
+    n_rows: int
+    chunks: Tensor | None
+    start: int
+    stop: int
+    splits: int
+    packed: bool
+    causal: bool
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Rows with a like number of partials. rows: int64[n] or None for all in order; partials: int64[n, P] indices into
+    the concatenated partials; padding: float[n, P, 1, 1], -inf where a row has fewer than P, or None."""
+
+    rows: Tensor | None
+    partials: Tensor
+    padding: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    calls: tuple[Call, ...]
+    merges: tuple[Merge, ...]
+
+    @property
+    def direct(self) -> bool:
+        """One call gives every row's only partial, in order: nothing to merge."""
+        return len(self.calls) == 1 and self.calls[0].rows is None and self.calls[0].splits == 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """A piece of at most STRETCH_TOKENS keys for few rows: waits to be batched with others of its shape."""
+
+    rows: Ints
+    chunks: Ints
+    base: int  # position of the first chunk's first token
+    start: int
+    stop: int
+
+
+def schedule(plan: AttentionPlan, *, window: int | None, dtype: torch.dtype, group: int, kv_heads: int) -> Schedule:
+    """The plan's schedule, made on first use and kept on the plan for the other layers.
+
+    group: query heads per KV head. A window that no row's context reaches is no window.
+    """
+    if window is not None and window > int(plan.positions.max()):
+        window = None
+    threads = torch.get_num_threads()
+    key = ("cpu", window, dtype, group, kv_heads, threads)
+    return plan.derived(key, lambda: _Builder(plan, window, dtype, group, kv_heads, threads).build())
+
+
+@dataclass(slots=True)
+class _Builder:
+    plan: AttentionPlan
+    window: int | None
+    dtype: torch.dtype
+    group: int
+    kv_heads: int
+    threads: int
+    calls: list[Call] = field(default_factory=list)
+    owners: list[Ints] = field(default_factory=list)  # row of each partial; -1 where it saw no key
+    tiles: list[_Tile] = field(default_factory=list)
+
+    def build(self) -> Schedule:
+        for item in self.plan.items:
+            for rows in self._row_blocks(item):
+                self._cut(item, rows)
+        self._batch_tiles()
+        return Schedule(tuple(self.calls), tuple(_merges(np.concatenate(self.owners), self.plan.n_rows)))
+
+    def _row_blocks(self, item: WorkItem) -> Iterator[Ints]:
+        if self.window is None or item.shared:
+            yield item.rows
+            return
+        for i in range(0, len(item.rows), WINDOW_ROWS):
+            yield item.rows[i : i + WINDOW_ROWS]
+
+    def _cut(self, item: WorkItem, rows: Ints) -> None:
+        """Cut an item into calls and tiles: keys that all rows see in place where they lie in long stretches, the
+        rows' own keys by the causal form, and the rest, short or partly visible, as masked remainders."""
+        size = self.plan.chunk_tokens
+        positions = self.plan.positions[rows]
+        first, last = int(positions.min()), int(positions.max())
+        reach = last + 1 if self.window is None else self.window
+        start, stop = max(item.kv_start, first - reach + 1), min(item.kv_stop, last + 1)
+        if start >= stop:
+            return
+        many = len(rows) >= MANY_ROWS
+        if many and not item.shared and last - first < reach:
+            self._piece(item, rows, first, stop, causal=True)
+            stop = first
+        full_start, full_stop = max(start, last - reach + 1), min(stop, first + 1)
+        if not many:  # tiles are gathered by whole chunks: let them have the broken ones
+            full_start, full_stop = -(-full_start // size) * size, full_stop // size * size
+        done = start
+        for begin, end in self._stretches(item, full_start, full_stop, len(rows)):
+            self._remainder(item, rows, done, begin)
+            self._piece(item, rows, begin, end, causal=False)
+            done = end
+        self._remainder(item, rows, done, stop)
+
+    def _stretches(self, item: WorkItem, start: int, stop: int, n_rows: int) -> Iterator[tuple[int, int]]:
+        """The ranges within [start, stop) that are long enough, and contiguous in the pool, to be read in place.
+
+        A partial costs the more the more rows it has, and a gather is shared by all rows: hence 4 tokens per row.
+        """
+        shortest = max(STRETCH_TOKENS, 4 * n_rows)
+        if stop - start < shortest:
+            return
+        size = self.plan.chunk_tokens
+        breaks = np.flatnonzero(np.diff(item.chunks) != 1) + 1
+        edges = [0, *breaks.tolist(), len(item.chunks)]
+        for i, j in zip(edges, edges[1:], strict=False):
+            begin, end = max(start, item.kv_start + i * size), min(stop, item.kv_start + j * size)
+            if end - begin >= shortest:
+                yield begin, end
+
+    def _remainder(self, item: WorkItem, rows: Ints, start: int, stop: int) -> None:
+        """Keys that are no stretch: tiles for few rows, pieces for many."""
+        size = self.plan.chunk_tokens
+        longest = max(STRETCH_TOKENS, 4 * len(rows)) // size * size
+        while start < stop:
+            base = start // size * size
+            end = min(stop, base + longest)
+            if len(rows) >= MANY_ROWS:
+                self._piece(item, rows, start, end, causal=False)
+            else:
+                self.tiles.append(_Tile(rows, _run(item, base, end, size), base, start, end))
+            start = end
+
+    def _piece(self, item: WorkItem, rows: Ints, start: int, stop: int, *, causal: bool) -> None:
+        """One call for one run of keys: a view where its chunks follow one another, else gathered."""
+        size = self.plan.chunk_tokens
+        base = start // size * size
+        chunks = _run(item, base, stop, size)
+        contiguous = bool((np.diff(chunks) == 1).all())
+        packed = len(rows) < MANY_ROWS
+        visible = None if causal else self._visible(rows, np.arange(start, stop))
+        offset = int(chunks[0]) * size if contiguous else 0
+        call = Call(
+            rows=self._row_index(rows),
+            batch=1,
+            n_rows=len(rows),
+            chunks=None if contiguous else torch.from_numpy(chunks),
+            start=offset + start - base,
+            stop=offset + stop - base,
+            splits=self._splits(len(rows), stop - start) if contiguous and packed else 1,
+            packed=packed,
+            causal=causal,
+            mask=None if visible is None else self._mask(visible[None], packed),
+        )
+        seen = rows if visible is None else np.where(visible.any(axis=1), rows, -1)
+        self._add(call, np.tile(seen, call.splits))
+
+    def _splits(self, n_rows: int, n_keys: int) -> int:
+        """The least power of two that balances the kernel's tasks over the threads (or makes many of them)."""
+        tasks = self.kv_heads * -(-n_rows * self.group // QUERY_TILE)
+        splits = 1
+        while (
+            tasks * splits % self.threads
+            and tasks * splits < 4 * self.threads
+            and n_keys % (2 * splits) == 0
+            and n_keys >= 2 * splits * SPLIT_TOKENS
+        ):
+            splits *= 2
+        return splits
+
+    def _batch_tiles(self) -> None:
+        """Tiles with equally many rows go into one call when padding the shorter ones is cheaper than a call."""
+        shapes: dict[int, list[_Tile]] = defaultdict(list)
+        for tile in self.tiles:
+            shapes[len(tile.rows)].append(tile)
+        for tiles in shapes.values():
+            tiles.sort(key=lambda tile: -len(tile.chunks))
+            batch: list[_Tile] = []
+            padding = 0
+            for tile in tiles:
+                padding += len(batch[0].chunks) - len(tile.chunks) if batch else 0
+                if padding > BUCKET_CHUNKS:
+                    self._tile_call(batch)
+                    batch, padding = [], 0
+                batch.append(tile)
+            self._tile_call(batch)
+
+    def _tile_call(self, tiles: list[_Tile]) -> None:
+        """Gather the tiles' chunks, padded with their own first chunk, so that nobody else's is ever read."""
+        n = len(tiles[0].chunks)
+        chunks = np.stack([np.concatenate([t.chunks, np.repeat(t.chunks[:1], n - len(t.chunks))]) for t in tiles])
+        rows = np.stack([t.rows for t in tiles])
+        keys = np.array([t.base for t in tiles])[:, None] + np.arange(n * self.plan.chunk_tokens)
+        inside = (keys >= np.array([t.start for t in tiles])[:, None]) & (keys < np.array([t.stop for t in tiles])[:, None])
+        visible = self._visible(rows, keys, inside)
+        call = Call(
+            rows=self._row_index(rows.ravel()),
+            batch=len(tiles),
+            n_rows=rows.shape[1],
+            chunks=torch.from_numpy(chunks.ravel()),
+            start=0,
+            stop=n * self.plan.chunk_tokens,
+            splits=1,
+            packed=True,
+            causal=False,
+            mask=None if visible is None else self._mask(visible, packed=True),
+        )
+        self._add(call, rows.ravel() if visible is None else np.where(visible.any(axis=2), rows, -1).ravel())
+
+    def _visible(self, rows: Ints, keys: Ints, inside: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
+        """bool[..., rows, keys]: which keys (absolute positions) each row sees; None if it is all of them."""
+        positions = self.plan.positions[rows]
+        if inside is None and keys.max() <= positions.min() and (
+            self.window is None or keys.min() > positions.max() - self.window
+        ):
+            return None  # the usual case of a long prefill, without the matrix
+        position, key = positions[..., :, None], keys[..., None, :]
+        visible = key <= position
+        if self.window is not None:
+            visible &= key > position - self.window
+        if inside is not None:
+            visible &= inside[..., None, :]
+        return None if visible.all() else visible
+
+    def _mask(self, visible: NDArray[np.bool_], packed: bool) -> Tensor:
+        """[batch, 1, rows, keys] additive; packed rows repeat by the group unless there is one row, which broadcasts."""
+        seen = torch.from_numpy(visible)
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))
+        if packed and mask.shape[1] > 1:
+            mask = mask.repeat_interleave(self.group, dim=1)
+        return mask.unsqueeze(1)
+
+    def _row_index(self, rows: Ints) -> Tensor | None:
+        return None if np.array_equal(rows, np.arange(self.plan.n_rows)) else torch.from_numpy(rows)
+
+    def _add(self, call: Call, owners: Ints) -> None:
+        self.calls.append(call)
+        self.owners.append(owners)
+
+
+def _run(item: WorkItem, base: int, stop: int, size: int) -> Ints:
+    """The item's chunks that hold the positions [base, stop); base is a multiple of the chunk size."""
+    return item.chunks[(base - item.kv_start) // size : -(-(stop - item.kv_start) // size)].astype(np.int64)
+
+
+def _merges(owners: Ints, n_rows: int) -> Iterator[Merge]:
+    """Group the rows by their number of partials, rounded up to a power of two: padding at most doubles the work, and a
+    step has few groups. (One group padded to the largest count would copy a prefill's rows for the sake of a
+    decode row's partials.)"""
+    by_row = np.argsort(owners, kind="stable")
+    by_row = by_row[np.searchsorted(owners[by_row], 0) :]
+    counts = np.bincount(owners[by_row], minlength=n_rows)
+    assert counts.min() > 0, "a row without any visible key"
+    begin = np.cumsum(counts) - counts
+    width = 1 << np.ceil(np.log2(counts)).astype(np.int64)
+    for size in np.unique(width).tolist():
+        rows = np.flatnonzero(width == size)
+        column = np.arange(size)
+        used = column < counts[rows, None]
+        partials = by_row[begin[rows, None] + np.where(used, column, 0)]
+        padding = None
+        if not used.all():
+            padding = torch.zeros(used.shape).masked_fill_(torch.from_numpy(~used), float("-inf"))[:, :, None, None]
+        yield Merge(None if len(rows) == n_rows else torch.from_numpy(rows), torch.from_numpy(partials), padding)

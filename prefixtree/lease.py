@@ -1,0 +1,181 @@
+"""The lease: one sequence's hold on the chunks it attends to.
+
+Invariant: `slots` is the tree path of the lease's node, which it pins, followed by private slots that nobody else sees:
+
+    slots    [0 .. node.depth)   shared   full chunks in the tree, read-only
+             [node.depth .. )    private  written by this sequence; `commit` moves full ones to the shared part
+    tokens   [0, cached_tokens)           were there when the lease began
+             [0, committed_tokens)        have their keys and values in the slots
+             [0, capacity_tokens)         have a place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from stemcache.prefixtree.claims import Claim
+from stemcache.prefixtree.errors import StoreError
+from stemcache.prefixtree.ledger import Ledger
+from stemcache.prefixtree.node import Node
+from stemcache.prefixtree.tokens import encode_tokens
+
+
+class Lease:
+    """Made by `PrefixStore.acquire` and `fork`, ended by `release` or by leaving its `with` block. Not thread-safe.
+
+    Attributes:
+        cached_tokens: how many leading tokens need not be computed.
+        slots: chunk ids in order, shared ones first. The caller reads it and never changes it; `commit` may replace an
+            entry (the chunk turned out to exist already), `reserve` appends. Empty once released.
+    """
+
+    def __init__(self, ledger: Ledger, live: set[Lease], node: Node, tail: list[int], cached_tokens: int) -> None:
+        """Pin `node` and take over the private slots `tail`. `live` is the store's set of leases, kept up to date."""
+        ledger.tree.pin(node)
+        live.add(self)
+        self.cached_tokens = cached_tokens
+        self.slots = node.path_slots() + tail
+        self._ledger = ledger
+        self._live = live
+        self._node = node
+        self._committed = cached_tokens
+        self._claim: Claim | None = None
+
+    @property
+    def node(self) -> Node:
+        """The deepest tree node on this sequence's path."""
+        return self._node
+
+    @property
+    def shared_slots(self) -> list[int]:
+        return self.slots[: self._node.depth]
+
+    @property
+    def private_slots(self) -> list[int]:
+        return self.slots[self._node.depth :]
+
+    @property
+    def capacity_tokens(self) -> int:
+        return len(self.slots) * self._ledger.tree.chunk_tokens
+
+    @property
+    def committed_tokens(self) -> int:
+        return self._committed
+
+    @property
+    def released(self) -> bool:
+        return self not in self._live
+
+    def reserve(self, n_tokens: int) -> None:
+        """Hold slots for the positions [0, n_tokens), as a run after the last slot where possible.
+
+        Raises:
+            CapacityError: the pool cannot hold that many, even after eviction. Nothing has changed then.
+            StoreError: the lease was released.
+        """
+        self._require_live()
+        missing = self._chunks(n_tokens) - len(self.slots)
+        if missing > 0:
+            self.slots += self._ledger.take(missing, after=self.slots[-1] if self.slots else None)
+
+    def claim(self, tokens: Sequence[int]) -> None:
+        """Announce that this lease will compute `tokens`, its whole prompt.
+
+        Its first full chunk that is not cached is claimed, unless another lease claimed it. As chunks are committed the
+        claim moves on through the prompt; it ends with the lease. A second call replaces the first.
+
+        Raises:
+            StoreError: the lease was released.
+        """
+        self._require_live()
+        self._drop_claim()
+        self._claim = Claim(encode_tokens(tokens))
+        self._ledger.claims.advance(self._claim, self._node)
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Publish every chunk that is now full: the keys and values of `tokens` are in the slots.
+
+        Where an equal chunk was published meanwhile, ours is freed and `slots` names theirs. O(new chunks): tokens that
+        are published already are not looked at, so a decode step can call this for every token.
+
+        Args:
+            tokens: the whole sequence so far. It must extend what was acquired and committed before: the caller's
+                promise, unchecked, for checking would read all of it each time.
+
+        Raises:
+            ValueError: fewer tokens than were committed before, or more than `capacity_tokens`.
+            StoreError: the lease was released.
+        """
+        self._require_live()
+        n_tokens = len(tokens)
+        if not self._committed <= n_tokens <= self.capacity_tokens:
+            raise ValueError(
+                f"commit of {n_tokens} tokens: {self._committed} are committed, {self.capacity_tokens} have a slot"
+            )
+        self._committed = n_tokens
+        size = self._ledger.tree.chunk_tokens
+        if n_tokens - self._node.depth * size < size:
+            return
+        for begin in range(self._node.depth * size, n_tokens - size + 1, size):
+            self._publish(encode_tokens(tokens[begin : begin + size]))
+        if self._claim is not None and self._claim.chunk is None:  # it was another's, who may have given up
+            self._ledger.claims.advance(self._claim, self._node)
+
+    def fork(self, n_tokens: int) -> Lease:
+        """Return a second lease on the first `n_tokens` tokens of this one. Full chunks are shared, the rest is copied.
+
+        Raises:
+            ValueError: more tokens than are committed, or a negative number.
+            CapacityError: no slot for the copy of the last, partial chunk. Nothing has changed then.
+            StoreError: the lease was released.
+        """
+        self._require_live()
+        if not 0 <= n_tokens <= self._committed:
+            raise ValueError(f"fork at {n_tokens} tokens: {self._committed} are committed")
+        n_full, n_rest = divmod(n_tokens, self._ledger.tree.chunk_tokens)
+        node = self._node  # every full committed chunk is in the tree, so the fork's node is this one or an ancestor
+        while node.depth > n_full and node.parent is not None:
+            node = node.parent
+        tail = [self._ledger.copy(self.slots[n_full], n_rest, after=None)] if n_rest else []
+        return Lease(self._ledger, self._live, node, tail, n_tokens)
+
+    def release(self) -> None:
+        """End the hold: committed full chunks stay cached, private slots are freed. Does nothing the second time."""
+        if self.released:
+            return
+        self._live.remove(self)
+        self._drop_claim()
+        self._ledger.drop(self.private_slots)
+        self._ledger.tree.touch(self._node)
+        self._ledger.tree.unpin(self._node)
+        self.slots = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _publish(self, key: bytes) -> None:
+        """Move the first private chunk, whose tokens are `key`, to the shared part."""
+        parent = self._node
+        self._node = self._ledger.publish(parent, key, self.slots[parent.depth])
+        self.slots[parent.depth] = self._node.slot
+        self._ledger.tree.pin(self._node)
+        self._ledger.tree.unpin(parent)
+
+    def _drop_claim(self) -> None:
+        if self._claim is not None:
+            self._ledger.claims.drop(self._claim)
+            self._claim = None
+
+    def _chunks(self, n_tokens: int) -> int:
+        return -(-n_tokens // self._ledger.tree.chunk_tokens)
+
+    def _require_live(self) -> None:
+        if self.released:
+            raise StoreError("the lease was released")

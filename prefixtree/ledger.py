@@ -1,0 +1,118 @@
+"""The ledger: who owns each slot of the pool.
+
+Invariant: every slot is exactly one of free (allocator), cached (tree) or private (held by one lease).
+
+    free --take--> private --publish--> cached --evict--> free
+                   private --drop-----------------------> free
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from stemcache.prefixtree.claims import Claims
+from stemcache.prefixtree.errors import CapacityError, InvariantError
+from stemcache.prefixtree.eviction import EvictionPolicy
+from stemcache.prefixtree.node import Node
+from stemcache.prefixtree.slots import SlotAllocator
+from stemcache.prefixtree.tree import PrefixTree
+
+CopyTokens = Callable[[int, int, int], None]  # (source slot, target slot, number of tokens)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the store was made. Only ever counted up."""
+
+    acquires: int = 0
+    hit_tokens: int = 0
+    miss_tokens: int = 0
+    evicted_chunks: int = 0
+    copied_tokens: int = 0
+    deduplicated_chunks: int = 0
+
+
+class Ledger:
+    """The slots of one pool, the tree over the cached ones, and the claims on those to come."""
+
+    def __init__(
+        self, n_chunks: int, chunk_tokens: int, copy_tokens: CopyTokens, policy: EvictionPolicy | None
+    ) -> None:
+        self.slots = SlotAllocator(n_chunks)
+        self.tree = PrefixTree(chunk_tokens, policy)
+        self.claims = Claims(self.tree)
+        self.private: set[int] = set()
+        self.counters = Counters()
+        self._copy_tokens = copy_tokens
+
+    def take(self, n: int, after: int | None) -> list[int]:
+        """Return `n` private slots, evicting as many cached chunks as it takes.
+
+        Raises:
+            CapacityError: free and evictable slots together are too few; then nothing was evicted either.
+        """
+        missing = n - self.slots.n_free
+        if missing > 0:
+            if not self.tree.can_evict(missing):
+                evictable = len(self.tree) - self.tree.n_sheltered()
+                raise CapacityError(
+                    f"{n} chunks needed, {self.slots.n_free} free and {evictable} evictable of {self.slots.n_slots}"
+                )
+            self.evict(missing)
+        slots = self.slots.allocate(n, after)
+        self.private.update(slots)
+        return slots
+
+    def evict(self, n: int) -> int:
+        """Free up to `n` cached chunks and return how many it were."""
+        slots = self.tree.evict(n)
+        self.slots.free(slots)
+        self.counters.evicted_chunks += len(slots)
+        return len(slots)
+
+    def drop(self, slots: Iterable[int]) -> None:
+        """Free private slots."""
+        slots = list(slots)
+        self.private.difference_update(slots)
+        self.slots.free(slots)
+
+    def publish(self, parent: Node, key: bytes, slot: int) -> Node:
+        """Make a private slot the cached chunk `key` below `parent`.
+
+        If that chunk is cached already, the private slot is freed and the older one, which others may use, is returned.
+        """
+        known = parent.children.get(key)
+        if known is not None:
+            self.drop([slot])
+            self.counters.deduplicated_chunks += 1
+            return known
+        self.private.remove(slot)
+        node = self.tree.insert(parent, key, slot)
+        self.claims.published(node)
+        return node
+
+    def copy(self, source_slot: int, n_tokens: int, after: int | None) -> int:
+        """Return a private slot that holds a copy of the first `n_tokens` tokens of `source_slot`.
+
+        The caller keeps the source from being evicted. Raises CapacityError as `take` does.
+        """
+        (slot,) = self.take(1, after)
+        try:
+            self._copy_tokens(source_slot, slot, n_tokens)
+        except BaseException:
+            self.drop([slot])
+            raise
+        self.counters.copied_tokens += n_tokens
+        return slot
+
+    def check(self) -> None:
+        """Raise InvariantError unless free, cached and private slots partition the pool, and the parts are sound."""
+        self.slots.check()
+        self.tree.check()
+        self.claims.check()
+        cached = {node.slot for node in self.tree.nodes() if node.parent is not None}
+        for slot in range(self.slots.n_slots):
+            owners = [self.slots.is_free(slot), slot in cached, slot in self.private]
+            if sum(owners) != 1:
+                raise InvariantError(f"ledger: slot {slot} must be one of free, cached, private and is {owners}")

@@ -1,0 +1,45 @@
+"""The KV pool: the one tensor in which a device's chunks live. The only file of the store that knows torch.
+
+Invariant: the tensor is allocated once, zeroed, and never moves; a slot is an index into its chunk axis. Which slot
+belongs to whom is not known here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stemcache.prefixtree.errors import CapacityError
+from stemcache.prefixtree.layout import KVLayout
+
+
+class KVPool:
+    """`n_chunks` slots of `layout` on one device.
+
+    Attributes:
+        tensor: `[layers, 2, kv_heads, n_chunks, chunk_tokens, head_dim]`. The tokens of one chunk and head are
+            contiguous (a tile for a kernel), and so are those of consecutive slots (a zero-copy run for a CPU). Zeroed,
+            because attention may read, and mask, slots that were never written, and zero times NaN would be NaN.
+
+    Raises:
+        CapacityError: n_chunks is under one, or the device has not that much memory.
+    """
+
+    def __init__(self, layout: KVLayout, n_chunks: int, device: str | torch.device = "cpu") -> None:
+        if n_chunks < 1:
+            raise CapacityError(f"a pool needs at least one chunk, not {n_chunks}")
+        shape = (layout.layers, 2, layout.kv_heads, n_chunks, layout.chunk_tokens, layout.head_dim)
+        try:
+            self.tensor = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+        except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
+            size = n_chunks * layout.bytes_per_chunk
+            raise CapacityError(f"cannot allocate {n_chunks} chunks ({size} bytes) on {device}: {error}") from error
+        self.layout = layout
+        self.n_chunks = n_chunks
+
+    def layer(self, index: int) -> torch.Tensor:
+        """Return one layer as a view `[2, kv_heads, n_chunks, chunk_tokens, head_dim]`."""
+        return self.tensor[index]
+
+    def copy_tokens(self, source_slot: int, target_slot: int, n_tokens: int) -> None:
+        """Copy the keys and values of the first `n_tokens` tokens of a slot, in all layers, into another slot."""
+        self.tensor[:, :, :, target_slot, :n_tokens] = self.tensor[:, :, :, source_slot, :n_tokens]

@@ -1,0 +1,151 @@
+"""The prefix store: what the engine talks to. Leases over one pool, with everything already read kept in a prefix tree.
+
+Invariant: a lease's slots hold, at every committed position, the keys and values of exactly that prefix in exactly that
+namespace; and free + cached + private slots are the whole pool (`check()`).
+
+Not thread-safe: it belongs to the engine's thread. Pure Python over ints; the data is moved by `copy_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stemcache.prefixtree.errors import CapacityError, InvariantError
+from stemcache.prefixtree.eviction import EvictionPolicy
+from stemcache.prefixtree.lease import Lease
+from stemcache.prefixtree.ledger import CopyTokens, Ledger
+from stemcache.prefixtree.namespace import Namespace
+from stemcache.prefixtree.node import Node
+from stemcache.prefixtree.tokens import encode_tokens
+from stemcache.prefixtree.tree import Match
+
+__all__ = ["Lease", "PrefixStore", "StoreStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A snapshot. Chunks and leases are counts at this moment, the others totals since the store was made.
+
+    free + cached + private = total. `leased_chunks` are those that cannot be evicted: private, or cached and on the
+    path of a lease or claim. `hit_tokens` and `miss_tokens` add up to all tokens that were acquired.
+    """
+
+    total_chunks: int
+    free_chunks: int
+    cached_chunks: int
+    private_chunks: int
+    leased_chunks: int
+    leases: int
+    claims: int
+    acquires: int
+    hit_tokens: int
+    miss_tokens: int
+    copied_tokens: int
+    evicted_chunks: int
+    deduplicated_chunks: int
+
+
+class PrefixStore:
+    """Keeps `n_chunks` slots of `chunk_tokens` tokens.
+
+    Args:
+        copy_tokens: called as `copy_tokens(source_slot, target_slot, n_tokens)`: copy the first n tokens' keys and
+            values of all layers (`KVPool.copy_tokens`).
+        policy: which chunk to evict first; LRU by default.
+    """
+
+    def __init__(
+        self, n_chunks: int, chunk_tokens: int, copy_tokens: CopyTokens, policy: EvictionPolicy | None = None
+    ) -> None:
+        self._ledger = Ledger(n_chunks, chunk_tokens, copy_tokens, policy)
+        self._leases: set[Lease] = set()
+
+    def acquire(self, tokens: Sequence[int], namespace: Namespace) -> Lease:
+        """Lease the longest cached prefix of `tokens`.
+
+        Full chunks are shared. If the next chunk diverges inside a cached one, the tokens before that point are copied
+        to a private slot, provided that a slot can be had; else they are just not cached. Pass `tokens[:-1]` where the
+        last token's logits are needed: a fully cached prompt leaves nothing to compute.
+
+        Raises:
+            ValueError: a token id is not an integer from 0 to 2**32 - 1.
+        """
+        data = encode_tokens(tokens)
+        match = self._ledger.tree.match(namespace, data)
+        if match.partial is None:
+            lease = Lease(self._ledger, self._leases, match.node, [], match.full_tokens)
+        else:
+            lease = self._acquire_partial(match, match.partial)
+        self._ledger.counters.acquires += 1
+        self._ledger.counters.hit_tokens += lease.cached_tokens
+        self._ledger.counters.miss_tokens += len(tokens) - lease.cached_tokens
+        return lease
+
+    def awaited(self, tokens: Sequence[int], namespace: Namespace) -> bool:
+        """Return whether a lease is computing the next full chunk of `tokens` (`Lease.claim`). No side effects.
+
+        If so, it pays to acquire later: the chunk will be there, and nothing is computed twice.
+        """
+        data = encode_tokens(tokens)
+        return self._ledger.claims.holds(self._ledger.tree.match(namespace, data).node, data)
+
+    def match_tokens(self, tokens: Sequence[int], namespace: Namespace) -> int:
+        """Return how many tokens `acquire` would find cached. No side effects; recency is not touched."""
+        return self._ledger.tree.match(namespace, encode_tokens(tokens)).tokens
+
+    def clear(self) -> int:
+        """Evict every chunk that no lease holds and return how many it were."""
+        return self._ledger.evict(len(self._ledger.tree))
+
+    def stats(self) -> StoreStats:
+        """Return a snapshot of the counters. O(leased chunks)."""
+        ledger = self._ledger
+        return StoreStats(
+            total_chunks=ledger.slots.n_slots,
+            free_chunks=ledger.slots.n_free,
+            cached_chunks=len(ledger.tree),
+            private_chunks=len(ledger.private),
+            leased_chunks=len(ledger.private) + ledger.tree.n_sheltered(),
+            leases=len(self._leases),
+            claims=len(ledger.claims),
+            acquires=ledger.counters.acquires,
+            hit_tokens=ledger.counters.hit_tokens,
+            miss_tokens=ledger.counters.miss_tokens,
+            copied_tokens=ledger.counters.copied_tokens,
+            evicted_chunks=ledger.counters.evicted_chunks,
+            deduplicated_chunks=ledger.counters.deduplicated_chunks,
+        )
+
+    def check(self) -> None:
+        """Raise InvariantError naming the first broken invariant. O(pool); for tests and idle moments."""
+        self._ledger.check()
+        pins = Counter([lease.node for lease in self._leases] + self._ledger.claims.pins())
+        for node in self._ledger.tree.nodes():
+            if node.leases != pins.pop(node, 0):
+                raise InvariantError(f"store: {node} has other pins than leases and claims on it")
+        if pins:
+            raise InvariantError(f"store: leases or claims hold nodes outside the tree: {list(pins)}")
+        private = [slot for lease in self._leases for slot in lease.private_slots]
+        if len(private) != len(set(private)) or set(private) != self._ledger.private:
+            raise InvariantError("store: the leases' private slots are not the ledger's")
+        for lease in self._leases:
+            if lease.shared_slots != lease.node.path_slots():
+                raise InvariantError(f"store: a lease at {lease.node} names other slots than its path")
+            if not lease.node.depth <= lease.committed_tokens // self._ledger.tree.chunk_tokens:
+                raise InvariantError(f"store: a lease at {lease.node} committed only {lease.committed_tokens} tokens")
+
+    def _acquire_partial(self, match: Match, partial: Node) -> Lease:
+        """Acquire with a copy of the tokens that match inside `partial`, or without it if there is no slot for them."""
+        ledger = self._ledger
+        ledger.tree.pin(partial)  # making room for the copy must not evict its source, nor the path to it
+        try:
+            tail = [ledger.copy(partial.slot, match.partial_tokens, after=None)]
+            cached_tokens = match.tokens
+        except CapacityError:
+            tail, cached_tokens = [], match.full_tokens
+        finally:
+            ledger.tree.touch(partial)
+            ledger.tree.unpin(partial)
+        return Lease(ledger, self._leases, match.node, tail, cached_tokens)

@@ -1,0 +1,248 @@
+"""The prefix tree: every cached chunk, under the exact tokens that lead to it.
+
+Invariants (`check()` proves them):
+
+1. A node's path spells its tokens; nodes and slots correspond one to one.
+2. **A leased path is never evicted**, though only its deepest node is pinned. Eviction takes leaves without leases. The
+   pinned node has a lease, so it stays; each ancestor has a child that stays, so it is not a leaf, so it stays. Hence
+   acquiring and releasing are O(1), not O(path).
+3. Exactly the unleased leaves stand in the eviction heap: every one once, with a valid ticket.
+4. A root exists as long as something hangs on it, chunk or lease: namespaces that are gone cost nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from stemcache.prefixtree.errors import InvariantError
+from stemcache.prefixtree.eviction import LRU, EvictionPolicy
+from stemcache.prefixtree.namespace import Namespace
+from stemcache.prefixtree.node import Node
+from stemcache.prefixtree.tokens import TOKEN_BYTES, common_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached prefix: whole chunks up to `node`, then the first `partial_tokens` tokens of `partial`."""
+
+    node: Node
+    full_tokens: int
+    partial: Node | None
+    partial_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.full_tokens + self.partial_tokens
+
+
+class PrefixTree:
+    """Chunks of `chunk_tokens` tokens, one tree per namespace. Tokens come encoded (`encode_tokens`)."""
+
+    def __init__(self, chunk_tokens: int, policy: EvictionPolicy | None = None) -> None:
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
+        self.chunk_tokens = chunk_tokens
+        self._key_bytes = chunk_tokens * TOKEN_BYTES
+        self._policy: EvictionPolicy = LRU() if policy is None else policy
+        self._roots: dict[bytes, Node] = {}
+        self._pinned: set[Node] = set()
+        self._n_nodes = 0
+        self._n_offered = 0
+        self._last_ticket = 0
+        self._heap: list[tuple[float, int, Node]] = []  # (priority, ticket, node); stale where the tickets differ
+
+    def __len__(self) -> int:
+        """Return the number of cached chunks."""
+        return self._n_nodes
+
+    def match(self, namespace: Namespace, tokens: bytes) -> Match:
+        """Return the longest cached prefix of `tokens`. No side effects.
+
+        An unknown namespace matches nothing; its root joins the tree when it is first pinned or inserted under.
+        """
+        root = self._roots.get(namespace.digest)
+        node = Node(None, namespace.digest, -1) if root is None else root
+        node = self.descend(node, tokens)
+        begin = node.depth * self._key_bytes
+        partial, partial_tokens = self._closest_child(node, tokens[begin : begin + self._key_bytes])
+        return Match(node, node.depth * self.chunk_tokens, partial, partial_tokens)
+
+    def descend(self, node: Node, tokens: bytes) -> Node:
+        """Return the deepest node below `node` (or itself) whose path is a prefix of `tokens`, as `node`'s own is."""
+        size = self._key_bytes
+        begin = node.depth * size
+        while (child := node.children.get(tokens[begin : begin + size])) is not None:
+            node = child
+            begin += size
+        return node
+
+    def next_key(self, node: Node, tokens: bytes) -> bytes | None:
+        """Return the key of the chunk of `tokens` that follows `node`; None if the tokens end before it is full."""
+        begin = node.depth * self._key_bytes
+        key = tokens[begin : begin + self._key_bytes]
+        return key if len(key) == self._key_bytes else None
+
+    def insert(self, parent: Node, key: bytes, slot: int) -> Node:
+        """Add the chunk `key`, which lies in `slot`, below `parent`.
+
+        Raises:
+            ValueError: the key is not one chunk long, or the chunk is there already.
+        """
+        if len(key) != self._key_bytes:
+            raise ValueError(f"a chunk has {self.chunk_tokens} tokens, not {len(key) // TOKEN_BYTES}")
+        if key in parent.children:
+            raise ValueError("this chunk is in the tree already")
+        self._adopt(parent)
+        self._withdraw(parent)
+        node = Node(parent, key, slot)
+        parent.children[key] = node
+        insort(parent.order, key)
+        self._n_nodes += 1
+        node.priority = self._policy.touch(node)
+        self._settle(node)
+        return node
+
+    def pin(self, node: Node) -> None:
+        """Keep `node` and its whole path until `unpin`. Pins are counted."""
+        self._adopt(node)
+        self._withdraw(node)
+        node.leases += 1
+        self._pinned.add(node)
+
+    def unpin(self, node: Node) -> None:
+        """End one pin."""
+        assert node.leases > 0, "unpinned more often than pinned"
+        node.leases -= 1
+        if not node.leases:
+            self._pinned.discard(node)
+            self._settle(node)
+
+    def touch(self, node: Node) -> None:
+        """Tell the policy that `node`'s path was used. Ancestors learn of it when they become leaves (`evict`)."""
+        if node.parent is None:
+            return
+        node.priority = self._policy.touch(node)
+        if node.ticket:
+            self._withdraw(node)
+            self._settle(node)
+
+    def evict(self, n: int) -> list[int]:
+        """Remove up to `n` chunks, the lowest priority first, and return their slots: fewer if the rest is leased.
+
+        O(log chunks) each. A parent inherits its child's priority if that is higher: using the child was using it.
+        """
+        slots: list[int] = []
+        while len(slots) < n and self._heap:
+            _, ticket, node = heappop(self._heap)
+            if node.ticket == ticket:
+                self._remove(node)
+                slots.append(node.slot)
+        return slots
+
+    def can_evict(self, n: int) -> bool:
+        """Return whether `evict(n)` would free `n` chunks. O(1) if the leaves suffice, else O(leased chunks)."""
+        return n <= self._n_offered or n <= self._n_nodes - self.n_sheltered()
+
+    def n_sheltered(self) -> int:
+        """Return how many chunks lie on a pinned path and cannot be evicted. O(their number)."""
+        sheltered: set[Node] = set()
+        for pinned in self._pinned:
+            for node in pinned.upward():
+                if node in sheltered:
+                    break
+                sheltered.add(node)
+        return len(sheltered)
+
+    def nodes(self) -> Iterator[Node]:
+        """Yield every node, roots included, parents before children."""
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def check(self) -> None:
+        """Raise InvariantError naming the first broken invariant. O(chunks); for tests and idle moments."""
+        nodes = list(self.nodes())
+        chunks = [node for node in nodes if node.parent is not None]
+        _require(len(chunks) == self._n_nodes, f"{len(chunks)} chunks reachable, {self._n_nodes} counted")
+        _require(len({node.slot for node in chunks}) == len(chunks), "two chunks share a slot")
+        for node in nodes:
+            self._check_node(node)
+        _require(self._pinned == {node for node in nodes if node.leases}, "the pinned set is not the leased nodes")
+        offered = {node for node in chunks if not node.children and not node.leases}
+        valid = [node for priority, ticket, node in self._heap if node.ticket == ticket and node.priority == priority]
+        _require(len(valid) == self._n_offered == len(offered), "the heap's valid entries are not the unleased leaves")
+        _require(set(valid) == offered, "the heap offers other nodes than the unleased leaves")
+
+    def _check_node(self, node: Node) -> None:
+        _require(node.leases >= 0, f"{node} has a negative lease count")
+        _require(node.order == sorted(node.children), f"{node}: the sorted keys are not the children's")
+        for key, child in node.children.items():
+            _require(child.parent is node and child.key == key, f"{child} hangs under a wrong parent or key")
+            _require(child.depth == node.depth + 1, f"{child} is not one deeper than its parent")
+            _require(len(key) == self._key_bytes, f"{child} is not one chunk long")
+        if node.parent is None:
+            _require(bool(node.children) or node.leases > 0, f"{node} is a root on which nothing hangs")
+            _require(self._roots.get(node.key) is node, f"{node} stands under another namespace")
+        expected = node.parent is not None and not node.children and not node.leases
+        _require((node.ticket != 0) == expected, f"{node} is offered for eviction though it must not be, or is not")
+
+    def _closest_child(self, node: Node, rest: bytes) -> tuple[Node | None, int]:
+        """Return the child that shares most leading tokens with `rest`, and how many.
+
+        In sorted order the keys with the longest common prefix stand next to where `rest` would be inserted.
+        """
+        index = bisect_left(node.order, rest)
+        best: Node | None = None
+        best_tokens = 0
+        for key in node.order[max(0, index - 1) : index + 1]:
+            shared = common_tokens(key, rest)
+            if shared > best_tokens:
+                best, best_tokens = node.children[key], shared
+        return best, best_tokens
+
+    def _adopt(self, node: Node) -> None:
+        """Enter a root that `match` made for an unknown namespace."""
+        if node.parent is None:
+            known = self._roots.setdefault(node.key, node)
+            assert known is node, "a root that was matched before its namespace was first pinned"
+
+    def _remove(self, leaf: Node) -> None:
+        parent = leaf.parent
+        assert parent is not None
+        self._withdraw(leaf)
+        del parent.children[leaf.key]
+        del parent.order[bisect_left(parent.order, leaf.key)]
+        self._n_nodes -= 1
+        parent.priority = max(parent.priority, leaf.priority)
+        self._settle(parent)
+
+    def _settle(self, node: Node) -> None:
+        """Offer an unleased leaf for eviction; forget a root on which nothing hangs any more."""
+        if node.children or node.leases:
+            return
+        if node.parent is None:
+            del self._roots[node.key]
+            return
+        self._last_ticket += 1
+        self._n_offered += 1
+        node.ticket = self._last_ticket
+        heappush(self._heap, (node.priority, node.ticket, node))
+        if len(self._heap) > 2 * self._n_nodes + 64:  # mostly stale: rebuilt at most once per as many pushes
+            self._heap = [entry for entry in self._heap if entry[2].ticket == entry[1]]
+            heapify(self._heap)
+
+    def _withdraw(self, node: Node) -> None:
+        """Take back an offer, if there is one. Its heap entry stays and is stale from now on."""
+        if node.ticket:
+            node.ticket = 0
+            self._n_offered -= 1
+
+
+def _require(condition: bool, broken: str) -> None:
+    if not condition:
+        raise InvariantError(f"tree: {broken}")

@@ -1,0 +1,80 @@
+"""The layout's arithmetic and the pool's memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from stemcache.prefixtree.errors import CapacityError
+from stemcache.prefixtree.layout import DTYPE_BYTES, KVLayout
+from stemcache.prefixtree.pool import KVPool
+
+LAYOUT = KVLayout(layers=3, kv_heads=2, head_dim=5, dtype="float32", chunk_tokens=16)
+
+
+def test_sizes() -> None:
+    """Llama-3.1-8B in bfloat16 keeps 131,072 bytes per token."""
+    llama = KVLayout(layers=32, kv_heads=8, head_dim=128, dtype="bfloat16", chunk_tokens=64)
+    assert llama.bytes_per_token == 131_072
+    assert llama.bytes_per_chunk == 64 * 131_072
+    assert llama.chunks_in(10 * llama.bytes_per_chunk - 1) == 9
+
+
+def test_a_pool_smaller_than_a_chunk_is_a_capacity_error() -> None:
+    with pytest.raises(CapacityError, match=f"holds no chunk of {LAYOUT.bytes_per_chunk} bytes"):
+        LAYOUT.chunks_in(LAYOUT.bytes_per_chunk - 1)
+    with pytest.raises(CapacityError, match="at least one chunk"):
+        KVPool(LAYOUT, 0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 8, 24, 48, 512, -16])
+def test_chunk_tokens_is_a_power_of_two_from_16_to_256(chunk_tokens: int) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        replace(LAYOUT, chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("field", ["layers", "kv_heads", "head_dim"])
+def test_sizes_are_positive(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be at least 1"):
+        replace(LAYOUT, **{field: 0})
+
+
+def test_unknown_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        replace(LAYOUT, dtype="int8")
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_the_pool_is_zeroed_and_of_the_layouts_size(dtype: str) -> None:
+    pool = KVPool(replace(LAYOUT, dtype=dtype), 7)
+    assert pool.tensor.shape == (3, 2, 2, 7, 16, 5)
+    assert pool.tensor.dtype == getattr(torch, dtype)
+    assert pool.tensor.numel() * pool.tensor.itemsize == 7 * pool.layout.bytes_per_chunk
+    assert not pool.tensor.any()
+
+
+def test_a_layer_is_a_view_in_which_consecutive_slots_are_contiguous() -> None:
+    pool = KVPool(LAYOUT, 4)
+    layer = pool.layer(1)
+    layer[0, 1, 2, 15, 4] = 7.0
+    assert pool.tensor[1, 0, 1, 2, 15, 4] == 7.0
+    assert layer[0].view(2, 4 * 16, 5)[1, 2 * 16 + 15, 4] == 7.0
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 15, 16])
+def test_copy_tokens_copies_all_layers_keys_and_values_and_nothing_else(n_tokens: int) -> None:
+    pool = KVPool(LAYOUT, 4)
+    pool.tensor.copy_(torch.randn(pool.tensor.shape, generator=torch.Generator().manual_seed(0)))
+    expected = pool.tensor.clone()
+    for layer in range(3):
+        for stream in range(2):
+            for token in range(n_tokens):
+                expected[layer, stream, :, 3, token] = expected[layer, stream, :, 1, token]
+    pool.copy_tokens(1, 3, n_tokens)
+    assert torch.equal(pool.tensor, expected)
+
+
+def test_memory_that_cannot_be_had_is_a_capacity_error() -> None:
+    with pytest.raises(CapacityError, match="cannot allocate"):
+        KVPool(LAYOUT, 2**50)
