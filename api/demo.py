@@ -23,7 +23,8 @@ from stemcache.engine.demo.facts import FactDocument, random_corpus
 
 DOCUMENTS = 12
 QUESTIONS = 40
-SHELF = 6
+SHELF = 3
+FILLERS = 3
 AT_A_TIME = 4
 SEED = 7
 RIGHT_AT_LEAST = 0.95
@@ -46,10 +47,10 @@ def demo() -> int:
 def questions(rng: random.Random) -> Iterator[Question]:
     """Questions whose documents are as popular as Zipf's law says: the k-th is asked 1/k as often as the first.
 
-    What a retriever would find is the shelf on which the asked document stands, always in the shelf's order. That order
-    is what lets questions share a prefix.
+    What a retriever would find is the shelf on which the asked document stands and the one beside it, always in the
+    corpus's order. That order is what lets questions about different documents share a prefix.
     """
-    corpus = random_corpus(rng, DOCUMENTS)
+    corpus = random_corpus(rng, DOCUMENTS, fillers=FILLERS)
     popularity = [1 / rank for rank in range(1, DOCUMENTS + 1)]
     ranked = rng.sample(range(DOCUMENTS), DOCUMENTS)
     for position in rng.choices(ranked, popularity, k=QUESTIONS):
@@ -57,8 +58,9 @@ def questions(rng: random.Random) -> Iterator[Question]:
 
 
 def _retrieve(corpus: Sequence[FactDocument], position: int) -> tuple[FactDocument, ...]:
-    start = position - position % SHELF
-    return tuple(corpus[start : start + SHELF])
+    shelf, shelves = position // SHELF, DOCUMENTS // SHELF
+    found = sorted({shelf, (shelf + 1) % shelves})
+    return tuple(document for each in found for document in corpus[each * SHELF : (each + 1) * SHELF])
 
 
 async def _ask_all(url: str, wanted: Sequence[Question], console: Console) -> list[Answer]:
@@ -81,15 +83,14 @@ async def _ask_all(url: str, wanted: Sequence[Question], console: Console) -> li
 
 def _table(answers: Sequence[Answer]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("question", ratio=1, overflow="ellipsis", no_wrap=True)
-    table.add_column("answer", ratio=1, overflow="ellipsis", no_wrap=True)
-    table.add_column("right")
-    for title in ("prompt", "cached", "TTFT"):
+    table.add_column("question")  # on a narrow terminal the two texts wrap, and the numbers keep their width
+    table.add_column("answer")
+    for title in ("right", "prompt", "cached", "TTFT ms"):
         table.add_column(title, justify="right", no_wrap=True)
     for answer in answers:
         right = "[green]yes[/]" if answer.is_right else "[red]NO[/]"
         cells = (answer.question.fact.question, answer.text)
-        numbers = (str(answer.prompt_tokens), str(answer.cached_tokens), f"{1000 * answer.ttft_seconds:.0f} ms")
+        numbers = (str(answer.prompt_tokens), str(answer.cached_tokens), f"{1000 * answer.ttft_seconds:.0f}")
         table.add_row(*(escape(cell) for cell in cells), right, *numbers)
     return table
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -30,6 +30,9 @@ class ModelNotFoundError(InvalidRequestError):
         super().__init__(
             f"The model '{asked}' does not exist; this server has '{served}'.", param="model", code="model_not_found"
         )
+
+
+_ROUTING: Final = {404: "There is no such route.", 405: "This route does not take this method."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def describe(error: Exception) -> ErrorReply:
         case RequestValidationError():
             return _describe_validation(error.errors()[0])
         case HTTPException():
-            return ErrorReply(error.status_code, str(error.detail))
+            return ErrorReply(error.status_code, _ROUTING.get(error.status_code, str(error.detail)))
         case EngineClosedError():
             return ErrorReply(503, str(error), type="server_error", code="engine_closed")
         case _:

@@ -71,6 +71,10 @@ class ServerProcess:
                 time.sleep(_POLL_SECONDS)
         raise ServerStartError(f"the server did not answer within {timeout:g} s: {self.output()}")
 
+    def signal(self, number: int) -> None:
+        """Send the server a signal."""
+        self._process.send_signal(number)
+
     def stop(self) -> int:
         """Ask the server to end, and insist after a while; returns its exit status. Idempotent."""
         self._process.terminate()

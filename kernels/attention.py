@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stemcache.kernels import cpu, reference
+import stemcache.kernels.cpu as cpu
+import stemcache.kernels.reference as reference
 from stemcache.kernels.plan import AttentionPlan
 
 Backend = Literal["auto", "cpu", "reference"]

@@ -116,8 +116,8 @@ def _merge(output: Tensor, lse: Tensor, merge: Merge, sink: Tensor | None) -> Te
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's function with capped scores, in float32: query [b, heads, r, d], key and value [b, kv_heads, k, d] ->
-    output [b, heads, r, d] in the query's dtype and lse [b, heads, r]. Queries go in blocks to bound memory."""
+    """The kernel's function with capped scores, in float32: query [b, heads, r, d], key and value [b, kv_heads, k, d]
+    -> output [b, heads, r, d] in the query's dtype and lse [b, heads, r]. Queries go in blocks to bound memory."""
     batch, heads, rows, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
     key, value = key.float().unsqueeze(2), value.float().unsqueeze(2)

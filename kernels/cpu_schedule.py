@@ -4,10 +4,10 @@ Invariant: the calls of a schedule cover every visible (row, key) pair once, and
 saw at least one key (the kernel returns log-sum-exp 0, not -inf, for a row whose keys are all masked).
 
 Four facts of the CPU kernel shape the cuts (measured on two cores, head_dim 64; `benchmarks/attention.py`):
-a call costs 20 to 30 us, so short runs of many sequences are gathered into one call; from 256 tokens on, reading a run
-in place is cheaper than gathering it; keys are read once for a query tile of 32 rows, so a KV head's whole query group is
-packed into the rows; and its unit of parallel work is (batch, head, query tile), so a long run is split in the batch
-dimension until the tasks balance over the threads.
+a call costs 20 to 30 us, so short runs of many sequences are gathered into one call; from 256 tokens on, reading a
+run in place is cheaper than gathering it; keys are read once for a query tile of 32 rows, so a KV head's whole query
+group is packed into the rows; and its unit of parallel work is (batch, head, query tile), so a long run is split in
+the batch dimension until the tasks balance over the threads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ Ints = NDArray[np.int64]
 
 STRETCH_TOKENS = 256
 """Shortest run read in place, and longest gathered at once: below it a call of its own costs more than the copy."""
+LONG_TOKENS = 4096
+"""From here on idle threads cost more than a call: a run gives up its broken last chunk to be split evenly."""
 MANY_ROWS = 64
 """From here on a piece is called by itself, head by head (a prefill); below, pieces of equal shape are batched."""
 BUCKET_CHUNKS = 4
@@ -90,7 +93,7 @@ class _Tile:
     """A piece of at most STRETCH_TOKENS keys for few rows: waits to be batched with others of its shape."""
 
     rows: Ints
-    chunks: Ints
+    chunks: NDArray[np.int32]
     base: int  # position of the first chunk's first token
     start: int
     stop: int
@@ -137,9 +140,7 @@ class _Builder:
     def _cut(self, item: WorkItem, rows: Ints) -> None:
         """Cut an item into calls and tiles: keys that all rows see in place where they lie in long stretches, the
         rows' own keys by the causal form, and the rest, short or partly visible, as masked remainders."""
-        size = self.plan.chunk_tokens
-        positions = self.plan.positions[rows]
-        first, last = int(positions.min()), int(positions.max())
+        first, last = self._span(item, rows)
         reach = last + 1 if self.window is None else self.window
         start, stop = max(item.kv_start, first - reach + 1), min(item.kv_stop, last + 1)
         if start >= stop:
@@ -149,14 +150,21 @@ class _Builder:
             self._piece(item, rows, first, stop, causal=True)
             stop = first
         full_start, full_stop = max(start, last - reach + 1), min(stop, first + 1)
-        if not many:  # tiles are gathered by whole chunks: let them have the broken ones
-            full_start, full_stop = -(-full_start // size) * size, full_stop // size * size
         done = start
         for begin, end in self._stretches(item, full_start, full_stop, len(rows)):
+            if not many and end - begin >= LONG_TOKENS:
+                end -= (end - begin) % self.plan.chunk_tokens  # divisible, so that it can be split
             self._remainder(item, rows, done, begin)
             self._piece(item, rows, begin, end, causal=False)
             done = end
         self._remainder(item, rows, done, stop)
+
+    def _span(self, item: WorkItem, rows: Ints) -> tuple[int, int]:
+        """Least and greatest position of the rows. A private item's ascend: a step has many, with few rows each."""
+        positions = self.plan.positions
+        if item.shared:
+            return int(positions[rows].min()), int(positions[rows].max())
+        return int(positions[rows[0]]), int(positions[rows[-1]])
 
     def _stretches(self, item: WorkItem, start: int, stop: int, n_rows: int) -> Iterator[tuple[int, int]]:
         """The ranges within [start, stop) that are long enough, and contiguous in the pool, to be read in place.
@@ -169,7 +177,7 @@ class _Builder:
         size = self.plan.chunk_tokens
         breaks = np.flatnonzero(np.diff(item.chunks) != 1) + 1
         edges = [0, *breaks.tolist(), len(item.chunks)]
-        for i, j in zip(edges, edges[1:], strict=False):
+        for i, j in pairwise(edges):
             begin, end = max(start, item.kv_start + i * size), min(stop, item.kv_start + j * size)
             if end - begin >= shortest:
                 yield begin, end
@@ -194,13 +202,17 @@ class _Builder:
         chunks = _run(item, base, stop, size)
         contiguous = bool((np.diff(chunks) == 1).all())
         packed = len(rows) < MANY_ROWS
-        visible = None if causal else self._visible(rows, np.arange(start, stop))
+        first, last = self._span(item, rows)
+        if causal or (stop <= first + 1 and (self.window is None or start > last - self.window)):
+            visible = None  # told from the ends, since the matrix of a long prefill is large
+        else:
+            visible = self._visible(rows, np.arange(start, stop))
         offset = int(chunks[0]) * size if contiguous else 0
         call = Call(
             rows=self._row_index(rows),
             batch=1,
             n_rows=len(rows),
-            chunks=None if contiguous else torch.from_numpy(chunks),
+            chunks=None if contiguous else torch.from_numpy(chunks.astype(np.int64)),
             start=offset + start - base,
             stop=offset + stop - base,
             splits=self._splits(len(rows), stop - start) if contiguous and packed else 1,
@@ -209,7 +221,7 @@ class _Builder:
             mask=None if visible is None else self._mask(visible[None], packed),
         )
         seen = rows if visible is None else np.where(visible.any(axis=1), rows, -1)
-        self._add(call, np.tile(seen, call.splits))
+        self._add(call, np.tile(seen, call.splits) if call.splits > 1 else seen)
 
     def _splits(self, n_rows: int, n_keys: int) -> int:
         """The least power of two that balances the kernel's tasks over the threads (or makes many of them)."""
@@ -247,13 +259,14 @@ class _Builder:
         chunks = np.stack([np.concatenate([t.chunks, np.repeat(t.chunks[:1], n - len(t.chunks))]) for t in tiles])
         rows = np.stack([t.rows for t in tiles])
         keys = np.array([t.base for t in tiles])[:, None] + np.arange(n * self.plan.chunk_tokens)
-        inside = (keys >= np.array([t.start for t in tiles])[:, None]) & (keys < np.array([t.stop for t in tiles])[:, None])
+        start, stop = np.array([(t.start, t.stop) for t in tiles]).T[:, :, None]
+        inside = (keys >= start) & (keys < stop)
         visible = self._visible(rows, keys, inside)
         call = Call(
             rows=self._row_index(rows.ravel()),
             batch=len(tiles),
             n_rows=rows.shape[1],
-            chunks=torch.from_numpy(chunks.ravel()),
+            chunks=torch.from_numpy(chunks.ravel().astype(np.int64)),
             start=0,
             stop=n * self.plan.chunk_tokens,
             splits=1,
@@ -265,12 +278,7 @@ class _Builder:
 
     def _visible(self, rows: Ints, keys: Ints, inside: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
         """bool[..., rows, keys]: which keys (absolute positions) each row sees; None if it is all of them."""
-        positions = self.plan.positions[rows]
-        if inside is None and keys.max() <= positions.min() and (
-            self.window is None or keys.min() > positions.max() - self.window
-        ):
-            return None  # the usual case of a long prefill, without the matrix
-        position, key = positions[..., :, None], keys[..., None, :]
+        position, key = self.plan.positions[rows][..., :, None], keys[..., None, :]
         visible = key <= position
         if self.window is not None:
             visible &= key > position - self.window
@@ -279,7 +287,7 @@ class _Builder:
         return None if visible.all() else visible
 
     def _mask(self, visible: NDArray[np.bool_], packed: bool) -> Tensor:
-        """[batch, 1, rows, keys] additive; packed rows repeat by the group unless there is one row, which broadcasts."""
+        """Additive, [batch, 1, rows, keys]; packed rows repeat by the group, but a single row broadcasts."""
         seen = torch.from_numpy(visible)
         mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))
         if packed and mask.shape[1] > 1:
@@ -287,16 +295,18 @@ class _Builder:
         return mask.unsqueeze(1)
 
     def _row_index(self, rows: Ints) -> Tensor | None:
-        return None if np.array_equal(rows, np.arange(self.plan.n_rows)) else torch.from_numpy(rows)
+        if len(rows) == self.plan.n_rows and (np.diff(rows) == 1).all():
+            return None
+        return torch.from_numpy(rows)
 
     def _add(self, call: Call, owners: Ints) -> None:
         self.calls.append(call)
         self.owners.append(owners)
 
 
-def _run(item: WorkItem, base: int, stop: int, size: int) -> Ints:
+def _run(item: WorkItem, base: int, stop: int, size: int) -> NDArray[np.int32]:
     """The item's chunks that hold the positions [base, stop); base is a multiple of the chunk size."""
-    return item.chunks[(base - item.kv_start) // size : -(-(stop - item.kv_start) // size)].astype(np.int64)
+    return item.chunks[(base - item.kv_start) // size : -(-(stop - item.kv_start) // size)]
 
 
 def _merges(owners: Ints, n_rows: int) -> Iterator[Merge]:

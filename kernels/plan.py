@@ -118,7 +118,8 @@ class AttentionPlan:
             assert item.kv_start < item.kv_stop <= item.kv_start + len(item.chunks) * size
             assert len(np.unique(item.rows)) == len(item.rows), "a row is twice in one item"
             if not item.shared:
-                assert (np.diff(item.rows) == 1).all() and len(set(owner[item.rows])) == 1
+                assert (np.diff(item.rows) == 1).all(), "a private item's rows do not follow one another"
+                assert len(set(owner[item.rows])) == 1, "a private item has two owners"
             depth = item.kv_start // size
             for i in set(owner[item.rows].tolist()):
                 run = self.sequences[i].chunks[depth : depth + len(item.chunks)]

@@ -56,4 +56,5 @@ def _one(
         extra = sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)
         scores = torch.cat([scores, extra], dim=-1)
     weights = scores.softmax(dim=-1)[..., : sequence.stop]
-    return (weights @ value).transpose(0, 1)
+    output: Tensor = weights @ value
+    return output.transpose(0, 1)

@@ -90,8 +90,9 @@ class Lease:
             StoreError: the lease was released.
         """
         self._require_live()
+        claim = Claim(encode_tokens(tokens))
         self._drop_claim()
-        self._claim = Claim(encode_tokens(tokens))
+        self._claim = claim
         self._ledger.claims.advance(self._claim, self._node)
 
     def commit(self, tokens: Sequence[int]) -> None:
@@ -105,7 +106,7 @@ class Lease:
                 promise, unchecked, for checking would read all of it each time.
 
         Raises:
-            ValueError: fewer tokens than were committed before, or more than `capacity_tokens`.
+            ValueError: fewer tokens than were committed before, more than `capacity_tokens`, or an id that is none.
             StoreError: the lease was released.
         """
         self._require_live()
@@ -114,14 +115,11 @@ class Lease:
             raise ValueError(
                 f"commit of {n_tokens} tokens: {self._committed} are committed, {self.capacity_tokens} have a slot"
             )
-        self._committed = n_tokens
         size = self._ledger.tree.chunk_tokens
-        if n_tokens - self._node.depth * size < size:
-            return
-        for begin in range(self._node.depth * size, n_tokens - size + 1, size):
-            self._publish(encode_tokens(tokens[begin : begin + size]))
-        if self._claim is not None and self._claim.chunk is None:  # it was another's, who may have given up
-            self._ledger.claims.advance(self._claim, self._node)
+        n_published = self._node.depth * size
+        if n_tokens - n_published >= size:
+            self._publish(encode_tokens(tokens[n_published : n_tokens - n_tokens % size]))
+        self._committed = n_tokens
 
     def fork(self, n_tokens: int) -> Lease:
         """Return a second lease on the first `n_tokens` tokens of this one. Full chunks are shared, the rest is copied.
@@ -160,13 +158,15 @@ class Lease:
     ) -> None:
         self.release()
 
-    def _publish(self, key: bytes) -> None:
-        """Move the first private chunk, whose tokens are `key`, to the shared part."""
-        parent = self._node
-        self._node = self._ledger.publish(parent, key, self.slots[parent.depth])
-        self.slots[parent.depth] = self._node.slot
-        self._ledger.tree.pin(self._node)
-        self._ledger.tree.unpin(parent)
+    def _publish(self, chunks: bytes) -> None:
+        """Move the first private chunks, whose tokens are `chunks`, to the shared part."""
+        for key in self._ledger.tree.keys_of(chunks):
+            parent = self._node
+            self._node = self._ledger.publish(parent, key, self.slots[parent.depth])
+            self.slots[parent.depth] = self._node.slot
+            self._ledger.tree.unpin(parent)
+        if self._claim is not None and self._claim.chunk is None:  # it was another's, who may have given up
+            self._ledger.claims.advance(self._claim, self._node)
 
     def _drop_claim(self) -> None:
         if self._claim is not None:

@@ -18,6 +18,11 @@ from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.slots import SlotAllocator
 from stemcache.prefixtree.tree import PrefixTree
 
+# A full pool is evicted a sixteenth at a time, not slot by slot, so that what is freed can be handed out in runs. In a
+# simulated serving load (benchmarks/tree.py, placement) that leaves 30 % fewer runs per sequence, at a hit rate at
+# most 0.003 lower than when exactly what is missing is evicted. Pools under 16 chunks evict exactly.
+EVICTION_SHARE = 16
+
 CopyTokens = Callable[[int, int, int], None]  # (source slot, target slot, number of tokens)
 
 
@@ -47,7 +52,7 @@ class Ledger:
         self._copy_tokens = copy_tokens
 
     def take(self, n: int, after: int | None) -> list[int]:
-        """Return `n` private slots, evicting as many cached chunks as it takes.
+        """Return `n` private slots, evicting cached chunks if there are too few free ones.
 
         Raises:
             CapacityError: free and evictable slots together are too few; then nothing was evicted either.
@@ -59,7 +64,7 @@ class Ledger:
                 raise CapacityError(
                     f"{n} chunks needed, {self.slots.n_free} free and {evictable} evictable of {self.slots.n_slots}"
                 )
-            self.evict(missing)
+            self.evict(max(missing, self.slots.n_slots // EVICTION_SHARE))
         slots = self.slots.allocate(n, after)
         self.private.update(slots)
         return slots
@@ -78,12 +83,13 @@ class Ledger:
         self.slots.free(slots)
 
     def publish(self, parent: Node, key: bytes, slot: int) -> Node:
-        """Make a private slot the cached chunk `key` below `parent`.
+        """Make a private slot the cached chunk `key` below `parent`; return its node, pinned once for the caller.
 
         If that chunk is cached already, the private slot is freed and the older one, which others may use, is returned.
         """
         known = parent.children.get(key)
         if known is not None:
+            self.tree.pin(known)
             self.drop([slot])
             self.counters.deduplicated_chunks += 1
             return known

@@ -28,7 +28,7 @@ class Namespace:
         """Return the namespace of these fields. An absent field differs from an empty one.
 
         Args:
-            model: fingerprint of weights and config (with the rotary parameters), not a name: two revisions must differ.
+            model: fingerprint of weights and config, rotary parameters included; not a name, which revisions share.
             dtype: of the stored keys and values.
             tenant: a salt derived on the server. Tenants with different salts never share a chunk.
             more: whatever else changes the stored numbers: chunk layout, rope overrides, codec, adapter, policy.

@@ -87,7 +87,14 @@ class SlotAllocator:
             raise InvariantError(f"slots: {sum(covered)} slots are free, n_free says {self.n_free}")
 
     def _place(self, n: int) -> tuple[int, int]:
-        """Choose (run, offset in it) for a new piece of up to `n` slots: the middle of the largest run."""
+        """Choose (run, offset in it) for a new piece of up to `n` slots: the middle of the largest run.
+
+        So both the sequence before the run and the new one find room to grow in place. The rejected alternative, best
+        fit, packs sequences wall to wall, and every one that grows must jump. In a simulated serving load (placement in
+        benchmarks/tree.py) a growing sequence continued its run 98 % of the time in a roomy pool, 34 to 56 % in a full
+        one; with best fit 0 to 6 %. Runs per sequence: 2.1 against 8.2 roomy, 5.9 against 8.1 full; only in the
+        tightest pool tried best fit was ahead, 8.6 against 9.2.
+        """
         length, start = self._by_length[-1]
         return start, max(0, (length - n) // 2)
 

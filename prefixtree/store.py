@@ -88,6 +88,8 @@ class PrefixStore:
 
         If so, it pays to acquire later: the chunk will be there, and nothing is computed twice.
         """
+        if not len(self._ledger.claims):  # the usual case, in which even encoding would be too much to do per step
+            return False
         data = encode_tokens(tokens)
         return self._ledger.claims.holds(self._ledger.tree.match(namespace, data).node, data)
 

@@ -85,8 +85,13 @@ class PrefixTree:
         key = tokens[begin : begin + self._key_bytes]
         return key if len(key) == self._key_bytes else None
 
+    def keys_of(self, chunks: bytes) -> Iterator[bytes]:
+        """Yield the keys of the encoded `chunks`, a whole number of them."""
+        for begin in range(0, len(chunks), self._key_bytes):
+            yield chunks[begin : begin + self._key_bytes]
+
     def insert(self, parent: Node, key: bytes, slot: int) -> Node:
-        """Add the chunk `key`, which lies in `slot`, below `parent`.
+        """Add the chunk `key`, which lies in `slot`, below `parent`, and return its node, pinned once for the caller.
 
         Raises:
             ValueError: the key is not one chunk long, or the chunk is there already.
@@ -102,7 +107,7 @@ class PrefixTree:
         insort(parent.order, key)
         self._n_nodes += 1
         node.priority = self._policy.touch(node)
-        self._settle(node)
+        self.pin(node)
         return node
 
     def pin(self, node: Node) -> None:

@@ -1,4 +1,4 @@
-"""One real server process and one engine in this process, both on the demo model in float32, for all tests of the endpoint."""
+"""For all tests of the endpoint: one real server process and one engine here, both on the demo model in float32."""
 
 from __future__ import annotations
 

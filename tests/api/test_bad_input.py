@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -52,7 +53,7 @@ BAD_COMPLETIONS = [
     ({"cache_salt": "mine"}, "cache_salt", "unsupported_parameter"),
     ({"no_such_field": 1}, "no_such_field", "unsupported_parameter"),
     ({"documents": ["text"]}, "documents", "unsupported_parameter"),
-    ({"\ud800": 1}, "?", "unsupported_parameter"),
+    ({"\ud800": 1}, None, None),
     ({"stop": "\ud800"}, "stop[0]", "invalid_value"),
     ({"store": True}, "store", "unsupported_parameter"),
 ]
@@ -88,8 +89,6 @@ def server_lives_on(http: httpx.Client, model: str) -> Any:
 
 def post(http: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response:
     """By hand, as httpx refuses to write NaN, which other clients do write."""
-    import json
-
     return http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
 
 
@@ -108,9 +107,9 @@ def assert_refused(response: httpx.Response, status: int, param: str | None, cod
 def test_completions(
     http: httpx.Client, change: dict[str, Any], param: str | None, code: str | None, stream: bool
 ) -> None:
-    if stream and "stream_options" in change:
-        pytest.skip("allowed with a stream")
-    assert_refused(post(http, "/v1/completions", {"stream": stream} | COMPLETION | change), 400, param, code)
+    if "stream_options" not in change:
+        change = {"stream": stream} | change
+    assert_refused(post(http, "/v1/completions", COMPLETION | change), 400, param, code)
 
 
 @pytest.mark.parametrize(("change", "param", "code"), BAD_CHATS)
@@ -119,7 +118,9 @@ def test_chats(http: httpx.Client, change: dict[str, Any], param: str | None, co
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"a": 1' + b"0" * 5000 + b"}", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"a": 1' + b"0" * 5000 + b"}", b"[" * 100_000]
+)
 def test_bodies_that_are_no_json_objects(http: httpx.Client, path: str, content: bytes) -> None:
     response = http.post(path, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400

@@ -1,7 +1,8 @@
-"""POST /v1/completions, through the openai client: shapes, every form of prompt, usage, and answers equal to the engine's."""
+"""POST /v1/completions through the openai client: shapes, forms of prompt, usage, answers equal to the engine's."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -60,9 +61,7 @@ def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(
     assert answer.usage.prompt_tokens == sum(len(engine.encode(text)) for text in texts)
 
 
-def test_stream_says_what_the_whole_answer_says(
-    client: openai.OpenAI, model: str, corpus: list[FactDocument]
-) -> None:
+def test_stream_says_what_the_whole_answer_says(client: openai.OpenAI, model: str, corpus: list[FactDocument]) -> None:
     texts = [document.text for document in corpus]
     fields: dict[str, Any] = {"n": 2, "temperature": 1, "seed": 5, "logprobs": 2}
     whole = complete(client, model, texts, **fields)
@@ -85,11 +84,12 @@ def test_stream_says_what_the_whole_answer_says(
 
 
 def test_usage_of_a_stream_comes_last_and_alone(http: httpx.Client, model: str) -> None:
-    body = {"model": model, "prompt": "The", "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": model, "prompt": "The", "max_tokens": 4, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
     response = http.post("/v1/completions", json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.text.endswith("data: [DONE]\n\n")
-    chunks = [httpx.Response(200, text=line[6:]).json() for line in response.text.split("\n\n")[:-2]]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:-2]]
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 4
@@ -106,15 +106,24 @@ def test_a_prompt_read_before_is_cached(
 
 
 def test_logprobs(client: openai.OpenAI, model: str, corpus: list[FactDocument]) -> None:
-    choice = complete(client, model, corpus[0].text, logprobs=3, max_tokens=8, extra_body={"ignore_eos": True}).choices[0]
+    choice = complete(client, model, corpus[0].text, logprobs=3, max_tokens=8, extra_body={"ignore_eos": True}).choices[
+        0
+    ]
     logprobs = choice.logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 8
     for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert logprob == max(top.values())  # greedy
         assert top[token] == logprob <= 0
         assert len(top) == 3
-    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
-        assert choice.text[offset : offset + len(token)] == token or token.startswith("<|")
+
+
+def test_text_offsets_point_at_the_tokens(client: openai.OpenAI, model: str, engine: Engine) -> None:
+    special = [token for token in range(engine.vocab_size) if engine.token_text(token).startswith("<|")]
+    bias = {str(token): -100 for token in special}
+    choice = complete(client, model, "The code", logprobs=0, logit_bias=bias, seed=2, temperature=1).choices[0]
+    assert len(choice.logprobs.tokens) == 24
+    for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+        assert choice.text[offset:].startswith(token) or token.startswith("bytes:")
 
 
 def test_logprobs_of_zero_tell_the_chosen_token_only(client: openai.OpenAI, model: str) -> None:

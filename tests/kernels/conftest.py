@@ -46,8 +46,8 @@ class Pool:
 def random_sequences(
     seed: int, *, chunk_tokens: int, roots: int = 2, depth: int = 3, max_run: int = 6, fragmented: bool = False
 ) -> tuple[list[SequenceRows], int]:
-    """A forest of `roots` trees with decode rows, short and long chunked prefills, sequences that end exactly at a shared
-    node and whole prompts, in shuffled order. Returns the sequences and the size of their pool in chunks."""
+    """A forest of `roots` trees, plus one sequence alone, in shuffled order: decode rows, short and long chunked
+    prefills, rows that begin exactly at a shared node's end. Returns the sequences and the pool's size in chunks."""
     rng = np.random.default_rng(seed)
     size = 4096
     pool = Pool(size, rng, fragmented=fragmented)

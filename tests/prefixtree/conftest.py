@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import PrefixStore
 

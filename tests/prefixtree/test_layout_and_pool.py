@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+
 from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.layout import DTYPE_BYTES, KVLayout
 from stemcache.prefixtree.pool import KVPool
@@ -37,7 +38,7 @@ def test_chunk_tokens_is_a_power_of_two_from_16_to_256(chunk_tokens: int) -> Non
 @pytest.mark.parametrize("field", ["layers", "kv_heads", "head_dim"])
 def test_sizes_are_positive(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be at least 1"):
-        replace(LAYOUT, **{field: 0})
+        KVLayout(**{**asdict(LAYOUT), field: 0})
 
 
 def test_unknown_dtypes_are_refused() -> None:

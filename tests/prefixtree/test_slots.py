@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stemcache.prefixtree.errors import CapacityError, InvariantError
 from stemcache.prefixtree.slots import SlotAllocator
 
@@ -70,7 +71,7 @@ def test_freeing_what_is_not_held_is_refused_and_changes_nothing(wrong: list[int
     allocator = SlotAllocator(4)
     held = allocator.allocate(4)
     allocator.free([1])
-    with pytest.raises(ValueError, match="slot -?[0-4]"):
+    with pytest.raises(ValueError, match=r"slot -?[0-4]"):
         allocator.free([3, *wrong])
     allocator.check()
     assert allocator.n_free == 1

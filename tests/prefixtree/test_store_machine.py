@@ -1,9 +1,9 @@
 """The store against a model made of plain dictionaries, under random histories (Hypothesis, stateful).
 
-The memory is simulated: a slot holds, per token, the identity of what was computed there, (namespace, exact prefix). So the
-promise "a lease's slots hold exactly this prefix's keys and values" is one comparison, made for every position of every
-live lease after every operation. The model predicts the rest exactly: what is cached, what is evicted and in which order,
-who claims which chunk, and whether there is room.
+The memory is simulated: a slot holds, per token, the identity of what was computed there, (namespace, exact prefix).
+So the promise "a lease's slots hold exactly this prefix's keys and values" is one comparison, made for every position
+of every live lease after every operation. The model predicts the rest exactly: what is cached, what is evicted and in
+which order, who claims which chunk, and whether there is room.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.lease import Lease
 from stemcache.prefixtree.namespace import Namespace
@@ -52,7 +53,6 @@ class Sequence:
     claim: Prefix | None = None
 
 
-
 @dataclass
 class Model:
     """The store in plain dictionaries: every cached chunk under its exact prefix, with the time of its last use."""
@@ -86,8 +86,10 @@ class Model:
         return n <= self.free() + len(self.cached.keys() - self.pinned(*extra))
 
     def make_room(self, n: int, *extra: Prefix) -> None:
-        """Evict least recently used leaves, by walking everything every time."""
-        for _ in range(n - self.free()):
+        """Evict least recently used leaves, a sixteenth of the pool at least, by walking everything every time."""
+        missing = n - self.free()
+        evictable = len(self.cached.keys() - self.pinned(*extra))
+        for _ in range(min(max(missing, self.total // 16), evictable) if missing > 0 else 0):
             inner = {(space, tokens[: -self.chunk]) for space, tokens in self.cached}
             leaves = self.cached.keys() - inner - self.pinned(*extra)
             del self.cached[min(leaves, key=lambda prefix: self.cached[prefix])]
@@ -95,7 +97,9 @@ class Model:
     def full(self, space: int, tokens: Tokens) -> Tokens:
         """The longest run of whole cached chunks."""
         path = self.path((space, tokens))
-        return max((p[1] for i, p in enumerate(path) if all(q in self.cached for q in path[: i + 1])), key=len, default=())
+        return max(
+            (p[1] for i, p in enumerate(path) if all(q in self.cached for q in path[: i + 1])), key=len, default=()
+        )
 
     def closest(self, space: int, tokens: Tokens) -> tuple[Prefix, int] | None:
         """The cached chunk after the full ones that shares most tokens; of equals, the one just before in order."""
@@ -313,16 +317,16 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None, derandomize=True)
+TestStoreMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_long_histories(seed: int) -> None:
     """Hypothesis prefers short histories; these are long enough to fill the pool and turn it over many times."""
     random = Random(seed)
     machine = StoreMachine()
-    machine.start(total=random.choice([6, 12, 24]), chunk=random.choice([1, 2, 3, 4]))
-    for _ in range(500):
+    machine.start(total=random.choice([6, 12, 24, 48]), chunk=random.choice([1, 2, 3, 4]))
+    for _ in range(400):
         random_step(machine, random)
         machine.store_is_consistent()
         machine.leases_hold_exactly_their_prefix()

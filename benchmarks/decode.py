@@ -1,0 +1,130 @@
+"""Decoding over a shared prefix: tokens per second against transformers' `generate` with its own cache.
+
+    python benchmarks/decode.py
+
+A randomly initialised model of SmolLM2-135M's shape; 1, 8 and 32 sequences with a shared prefix of 2,048 or 4,096 tokens and
+32 private tokens each. Transformers gets the prefix's cache ready-made, repeated for each sequence, so that both sides
+only decode; its steps are timed by a stopping criterion inside `generate`. The two take turns, a few steps at a time.
+The floor of a step are the bytes that it must read: all weights, the prefix once, and each private part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from typing import Any
+
+import torch
+from harness import table, write_results
+from shapes import cache_of, paired, random_tokens
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from stemcache import Engine, SamplingParams
+
+PRIVATE = 32
+
+
+class StepClock(StoppingCriteria):
+    """Notes when each step of `generate` ends; never stops it."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.ticks.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def our_steps(engine: Engine, prompts: list[list[int]], steps: int) -> list[float]:
+    """Seconds of each of `steps` decode steps of all prompts together; their prefix is cached."""
+    params = SamplingParams(max_tokens=steps + 3, temperature=0, ignore_eos=True)
+    streams = [engine.submit(prompt, params) for prompt in prompts]
+    deltas = [iter(stream) for stream in streams]
+    ticks = []
+    for _ in range(steps + 3):
+        for delta in deltas:
+            next(delta)
+        ticks.append(time.perf_counter())
+    # Prompts may have started in two or three steps; the last `steps` gaps have all of them decoding.
+    return [after - before for before, after in zip(ticks[-steps - 1 : -1], ticks[-steps:], strict=True)]
+
+
+@torch.inference_mode()
+def their_steps(model: PreTrainedModel, cache: DynamicCache, prompts: list[list[int]], steps: int) -> list[float]:
+    """The same of `generate`, which finds the prefix in `cache` and leaves it as it was."""
+    length, clock = cache.get_seq_length(), StepClock()
+    ids = torch.tensor(prompts)
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=steps + 1, do_sample=False,
+        eos_token_id=None, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]),
+    )  # fmt: skip
+    cache.crop(length)
+    return [after - before for before, after in zip(clock.ticks, clock.ticks[1:], strict=False)]
+
+
+def measure(engine: Engine, own: PreTrainedModel, batch: int, shared: int, rounds: int, steps: int) -> dict[str, Any]:
+    """One row: decode steps of both, in turns."""
+    rng = random.Random(batch + shared)
+    prefix = random_tokens(rng, shared)
+    list(engine.generate([prefix], SamplingParams(max_tokens=1, temperature=0)))
+    cache = cache_of(own, prefix)
+    cache.batch_repeat_interleave(batch)
+    ours: list[float] = []
+    theirs: list[float] = []
+    for turn in range(rounds + 1):
+        prompts = [prefix + random_tokens(rng, PRIVATE) for _ in range(batch)]
+        mine, generate = our_steps(engine, prompts, steps), their_steps(own, cache, prompts, max(2, steps // 2))
+        if turn:  # the first round warms up
+            ours += mine
+            theirs += generate
+    engine.clear_cache()
+    ours_ms, theirs_ms = (1000 * statistics.median(times) for times in (ours, theirs))
+    return {
+        "batch": batch,
+        "shared": shared,
+        "ours_ms": ours_ms,
+        "ours_spread_ms": [1000 * min(ours), 1000 * max(ours)],
+        "generate_ms": theirs_ms,
+        "generate_spread_ms": [1000 * min(theirs), 1000 * max(theirs)],
+        "ours_tokens_per_second": 1000 * batch / ours_ms,
+        "generate_tokens_per_second": 1000 * batch / theirs_ms,
+        "speedup": theirs_ms / ours_ms,
+        "bytes_floor_mb": floor_bytes(own, engine, batch, shared) / 1e6,
+    }
+
+
+def floor_bytes(model: PreTrainedModel, engine: Engine, batch: int, shared: int) -> int:
+    """Bytes that one step cannot avoid to read: the weights once, the prefix once, each private part once."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights + (shared + batch * PRIVATE) * engine._runner.layout.bytes_per_token
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--shared", type=int, nargs="*", default=[2048, 4096])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    for dtype in ("float32", "bfloat16"):
+        with paired(dtype, pool_bytes=1 << 30) as (engine, own):
+            for shared in options.shared:
+                for batch in options.batches:
+                    row = {"dtype": dtype, **measure(engine, own, batch, shared, options.rounds, options.steps)}
+                    results.append(row)
+                    print(
+                        f"{dtype} batch {batch} shared {shared}: {row['ours_ms']:.1f} ms a step, generate "
+                        f"{row['generate_ms']:.1f} ms, {row['speedup']:.1f} times faster",
+                        flush=True,
+                    )
+    header = ["dtype", "batch", "shared", "ours_ms", "generate_ms", "ours_tokens_per_second", "speedup"]
+    cells = [[f"{v:.1f}" if isinstance(v, float) else v for v in (row[name] for name in header)] for row in results]
+    print(table(header, cells))
+    write_results("decode", {"private": PRIVATE, "results": results})
+
+
+if __name__ == "__main__":
+    main()

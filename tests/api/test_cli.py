@@ -1,0 +1,108 @@
+"""The command line: answers on stdout, one sentence for a user's mistake, an orderly end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stemcache import Engine, SamplingParams
+from stemcache.api.cli import main
+from stemcache.api.server_process import ServerProcess, ServerStartError
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stemcache.api.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_generate_prints_the_engines_text(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "The code of", "--max-tokens", "12", "--dtype", "float32", "--pool-bytes", "64MiB"]) == 0
+    printed = capsys.readouterr()
+    [expected] = engine.generate(["The code of"], SamplingParams(max_tokens=12, temperature=0))
+    assert printed.out == expected.text + "\n"
+    assert f"{len(engine.encode('The code of'))} prompt tokens (0 cached)" in printed.err
+
+
+@pytest.mark.parametrize("config", [None, "{", "{}", '{"model_type": "llama"}', '{"model_type": "no_such_model"}'])
+def test_a_broken_model_folder_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str | None
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert main(["generate", "hello", "--model", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    assert printed.err.strip().splitlines()[-1].startswith("stemcache: ")
+    assert str(tmp_path) in printed.err
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "hello", "--model", "./no/such/folder"]) == 2
+    assert "no model folder at './no/such/folder'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--max-tokens", "0"], ["--temperature", "nan"], ["--pool-bytes", "1"]])
+def test_values_that_the_engine_refuses(capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+    assert main(["generate", "hello", *option]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("stemcache: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["bake"], ["serve", "--port", "70000"], ["serve", "--pool-bytes", "2G"], ["serve", "--chunk-tokens", "5"]],
+)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = """
+import sys
+from stemcache.api.cli import main
+try:
+    main(["generate", "--help"])
+finally:
+    print("heavy:", {"torch", "transformers", "fastapi"} & sys.modules.keys())
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("usage: stemcache generate")
+    assert printed.endswith("heavy: set()\n")
+
+
+def test_a_taken_port_is_one_sentence(server: ServerProcess) -> None:
+    ended = run("serve", "--port", str(server.port))
+    assert ended.returncode == 2
+    assert ended.stderr == f"stemcache: cannot listen on 127.0.0.1:{server.port}: another program uses the port\n"
+
+
+def test_a_server_that_cannot_start_says_why() -> None:
+    with ServerProcess("--host", "256.0.0.1") as process, pytest.raises(ServerStartError, match="cannot listen on 256"):
+        process.wait_until_ready()
+
+
+def test_a_stopped_server_finishes_what_runs() -> None:
+    body = {"prompt": "The code", "max_tokens": 100, "ignore_eos": True, "stream": True, "temperature": 0}
+    with ServerProcess("--pool-bytes", "64MiB") as process:
+        process.wait_until_ready()
+        with (
+            httpx.Client(base_url=process.url, trust_env=False, timeout=60) as client,
+            client.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            lines = (line for line in response.iter_lines() if line)
+            received = [next(lines)]
+            process.signal(signal.SIGTERM)
+            received += lines
+        assert received[-1] == "data: [DONE]"
+        chunks = [json.loads(line.removeprefix("data: ")) for line in received[:-1]]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert process.stop() == 0
