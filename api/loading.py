@@ -17,8 +17,12 @@ def load_engine(options: argparse.Namespace) -> Engine:
     console = Console(stderr=True, highlight=False)
     start = time.monotonic()
     with console.status("loading torch and transformers ..."):  # shows nothing where stderr is no terminal
+        from transformers.utils.logging import disable_progress_bar
+
         from stemcache.engine.demo import MODEL_PATH
         from stemcache.engine.engine import Engine
+
+        disable_progress_bar()  # the line above is the sign of life; a second bar would write through it
     model = options.model or MODEL_PATH
     with console.status(f"loading {model} ..."):
         engine = Engine.load(

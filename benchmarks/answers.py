@@ -3,8 +3,9 @@
     python benchmarks/answers.py                      the demo model, 1 to 12 documents
     python benchmarks/answers.py --model FOLDER --documents 8 --questions 1000
 
-Names are held out of the demo model's training and facts are random, so a right answer was read. Later features that trade answers for
-speed (quantised codecs, position-independent reuse) are measured by calling `exact_match` with and without them.
+Names are held out of the demo model's training and facts are random, so a right answer was read. Later features that
+trade answers for speed (quantised codecs, position-independent reuse) are measured by calling `exact_match` with and
+without them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def questions(rng: random.Random, documents: int, count: int) -> Iterator[list[t
         texts = [document.as_template_document() for document in corpus]
         system = {"role": "system", "content": SYSTEM_PROMPT}
         yield [
-            (fact, {"messages": [system, {"role": "user", "content": fact.question}], "documents": texts}) for fact in asked
+            (fact, {"messages": [system, {"role": "user", "content": fact.question}], "documents": texts})
+            for fact in asked
         ]
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/decode.py
 
-A randomly initialised model of SmolLM2-135M's shape; 1, 8 and 32 sequences with a shared prefix of 2,048 or 4,096 tokens and
-32 private tokens each. Transformers gets the prefix's cache ready-made, repeated for each sequence, so that both sides
-only decode; its steps are timed by a stopping criterion inside `generate`. The two take turns, a few steps at a time.
-The floor of a step are the bytes that it must read: all weights, the prefix once, and each private part.
+A randomly initialised model of SmolLM2-135M's shape; 1, 8 and 32 sequences with a shared prefix of 2,048 or 4,096
+tokens and 32 private tokens each. Transformers gets the prefix's cache ready-made, repeated for each sequence, so
+that both sides only decode; its steps are timed by a stopping criterion inside `generate`. The two take turns, a few
+steps at a time. The floor of a step are the bytes that it must read: all weights, the prefix once, and each private
+part.
 """
 
 from __future__ import annotations

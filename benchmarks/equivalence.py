@@ -2,9 +2,10 @@
 
     python benchmarks/equivalence.py --workloads 200
 
-A workload is a pool of a few chunks, prompts that share prefixes and diverge inside chunks, arrivals in mid-flight, forks
-(n = 2), cancellations, small steps, and too little room, so that it evicts and preempts. Each finished choice must equal
-what `generate` gives for its prompt alone. The tests run a few workloads of each family; this runs many and counts.
+A workload is a pool of a few chunks, prompts that share prefixes and diverge inside chunks, arrivals in mid-flight,
+forks (n = 2), cancellations, small steps, and too little room, so that it evicts and preempts. Each finished choice
+must equal what `generate` gives for its prompt alone. The tests run a few workloads of each family; this runs many
+and counts.
 """
 
 from __future__ import annotations
@@ -176,8 +177,8 @@ def _compare(
 def bfloat16_errors(family: str, *, prompts: int) -> tuple[float, list[float]]:
     """Root mean square errors of bfloat16 logits against float32 on the same weights: ours, and transformers' own.
 
-    Ours are those of cached, chunked and batched steps; transformers' those of one forward pass, of a batch padded on the
-    left, and of a prefill in two parts with its cache.
+    Ours are those of cached, chunked and batched steps; transformers' those of one forward pass, of a batch padded on
+    the left, and of a prefill in two parts with its cache.
     """
     served, own = random_models(family, dtype=torch.bfloat16)
     exact = copy.deepcopy(own).float()
@@ -201,7 +202,7 @@ def bfloat16_errors(family: str, *, prompts: int) -> tuple[float, list[float]]:
 
 
 def _served_logits(served: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """The logits from which the engine chooses each prompt's first token; the prompts come one after another, in steps of 16."""
+    """The logits from which the engine chooses each prompt's first token, prompt after prompt, in steps of 16 tokens."""
     rows: list[torch.Tensor] = []
     with Engine.from_model(served, pool_bytes=1 << 22, chunk_tokens=CHUNK, max_step_tokens=16) as engine:
         run = engine._runner.run

@@ -2,9 +2,9 @@
 
     python benchmarks/ttft.py
 
-A prompt of 2,048 shared and 32 private tokens on a randomly initialised model of SmolLM2-135M's shape. What bounds it: a warm
-prompt has to compute its 32 private tokens, so the same model reading 32 tokens alone is the floor; a cold one is
-a forward pass over all tokens, so transformers' own forward is. Both are measured in the same interleaved run.
+A prompt of 2,048 shared and 32 private tokens on a randomly initialised model of SmolLM2-135M's shape. What bounds
+it: a warm prompt has to compute its 32 private tokens, so the same model reading 32 tokens alone is the floor; a cold
+one is a forward pass over all tokens, so transformers' own forward is. Both are measured in the same interleaved run.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def sharer_growth(engine: Engine, prefix: list[int], private: int, rng: random.R
     held = []
     streams = []
     for _ in range(9):
-        streams.append(engine.submit(prefix + random_tokens(rng, private), SamplingParams(max_tokens=24, temperature=0)))
+        streams.append(
+            engine.submit(prefix + random_tokens(rng, private), SamplingParams(max_tokens=24, temperature=0))
+        )
         next(iter(streams[-1]))
         held.append(engine.stats().store.leased_chunks)
     for stream in streams:

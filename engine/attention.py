@@ -18,8 +18,8 @@ from stemcache.prefixtree.pool import KVPool
 
 NAME: Final = "stemcache"
 
-# What models pass on to every attention function and what changes nothing here: the positions are in the plan, the cache is
-# the pool, dropout is off in inference, and what to report besides the logits is not attention's business.
+# What models pass on to every attention function and what changes nothing here: the positions are in the plan, the
+# cache is the pool, dropout is off in inference, and what to report besides the logits is not attention's business.
 _IMMATERIAL = frozenset(
     {"position_ids", "use_cache", "dropout", "output_attentions", "output_hidden_states", "output_router_logits"}
 )
@@ -61,8 +61,8 @@ def _attention(
     refused = sorted(name for name, given in others.items() if given is not None and name not in _IMMATERIAL)
     if refused or attention_mask is not None:
         raise ModelLoadError(
-            f"{type(module).__name__} asks its attention for {', '.join(refused) or 'a mask'}, which is not supported, so "
-            "the model cannot be served exactly"
+            f"{type(module).__name__} asks its attention for {', '.join(refused) or 'a mask'}, which is not supported, "
+            "so the model cannot be served exactly"
         )
     pool_layer = step.pool.layer(int(module.layer_idx))  # type: ignore[arg-type]
     append_kv(pool_layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.plan)

@@ -1,6 +1,7 @@
 """Checkpoint folders: what is in them, and the model and tokenizer that they hold.
 
-Invariant: whatever is wrong with a folder comes out as one ModelLoadError that names the folder, the cause and the remedy.
+Invariant: whatever is wrong with a folder comes out as one ModelLoadError that names the folder, the cause and the
+remedy.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded model. `fingerprint` is a SHA-256 over its configuration and weights: equal digests, equal keys and values."""
+    """A loaded model. `fingerprint` is a SHA-256 over configuration and weights: equal digests, equal keys and values."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -54,9 +55,13 @@ def _folder(path_or_name: str | os.PathLike[str]) -> Path:
     folder = Path(path_or_name).expanduser()
     if folder.is_dir():
         return folder
-    looks_like_path = os.path.isabs(folder) or str(path_or_name).startswith((".", "~")) or str(path_or_name).count("/") != 1
+    looks_like_path = (
+        os.path.isabs(folder) or str(path_or_name).startswith((".", "~")) or str(path_or_name).count("/") != 1
+    )
     if folder.exists() or looks_like_path:
-        raise ModelLoadError(f"no model folder at {str(path_or_name)!r}: give a folder with config.json and safetensors files")
+        raise ModelLoadError(
+            f"no model folder at {str(path_or_name)!r}: give a folder with config.json and safetensors files"
+        )
     from huggingface_hub import snapshot_download
 
     with _explained(path_or_name):
@@ -74,13 +79,16 @@ def _explained(where: object) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelLoadError(
-            f"the model {str(where)!r} cannot be loaded: {reason} (is the folder complete: config.json, *.safetensors, tokenizer.json?)"
+            f"the model {str(where)!r} cannot be loaded: {reason} "
+            "(is the folder complete: config.json, *.safetensors, tokenizer.json?)"
         ) from error
 
 
 def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     if not any(folder.glob("*.safetensors")):
-        raise ModelLoadError(f"no *.safetensors file in {str(folder)!r}: pickled weights are not read, convert them first")
+        raise ModelLoadError(
+            f"no *.safetensors file in {str(folder)!r}: pickled weights are not read, convert them first"
+        )
     attention.register()
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True, output_loading_info=True
@@ -88,8 +96,8 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
     missing = sorted(report["missing_keys"]) + [str(entry[0]) for entry in sorted(report["mismatched_keys"])]
     if missing:
         raise ModelLoadError(
-            f"the weights in {str(folder)!r} do not fit its config.json: {len(missing)} are missing or of another shape, "
-            f"such as {missing[0]}"
+            f"the weights in {str(folder)!r} do not fit its config.json: {len(missing)} are missing or of another "
+            f"shape, such as {missing[0]}"
         )
     return model.to(device).eval()
 

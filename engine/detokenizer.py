@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-# Some decoders treat the first token of a text specially (SentencePiece strips its space), so decoding starts inside the prompt.
+# Some decoders treat the first token of a text specially (SentencePiece strips its space), so decoding starts inside
+# the prompt.
 _PROMPT_TAIL = 8
 
 
@@ -40,7 +41,7 @@ class Detokenizer:
 
     def add(self, token: int) -> Piece:
         """The text that `token` makes certain."""
-        if self._stream is None:
+        if self._tokenizer is None or self._stream is None:
             return Piece("", False)
         self._tokens.append(token)
         text = self._stream.step(self._tokenizer, token) or ""

@@ -36,8 +36,9 @@ from stemcache.engine.stream import Stream
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import StoreStats
 
-# One step's work is what a decoding sequence may have to wait for; on two CPU cores 512 tokens of a 135M model are about half a
-# second. Larger steps gain little, since from a few hundred rows on a matrix product is bound by arithmetic, not by the weights.
+# One step's work is what a decoding sequence may have to wait for; on two CPU cores 512 tokens of a 135M model are
+# about half a second. Larger steps gain little, since from a few hundred rows on a matrix product is bound by
+# arithmetic, not by the weights.
 MAX_STEP_TOKENS = 512
 MAX_RUNNING = 256
 
@@ -100,18 +101,23 @@ class Engine:
 
     @classmethod
     def from_model(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model", **options: Any
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str = "model",
+        **options: Any,
     ) -> Engine:
-        """Serve a model that is already in memory; its attention is switched to stemcache's. `options` as in the constructor.
+        """Serve a model that is already in memory; its attention is switched to stemcache's.
 
-        Without a tokenizer only token ids are served. Raises ModelLoadError.
+        `options` as in the constructor. Without a tokenizer only token ids are served. Raises ModelLoadError.
         """
         require_served(model.config)
         attention.register()
         model.set_attn_implementation(attention.NAME)
         return cls(Checkpoint(model.eval(), tokenizer, os.urandom(32)), name, **options)
 
-    # -- prompts --------------------------------------------------------------------------------------------------------
+    # -- prompts -----------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -135,7 +141,7 @@ class Engine:
         """The bytes of one token."""
         return self._prompts.token_bytes(token_id)
 
-    # -- requests -------------------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, prompt: Sequence[int], params: SamplingParams | None = None, *, tenant: bytes = b"") -> Stream:
         """Queue a prompt of token ids and return the stream of its deltas.
@@ -207,7 +213,8 @@ class Engine:
         what = "the model" if self.max_model_len == self._runner.context_length else "the pool (see pool_bytes)"
         if room < 1:
             raise ContextLengthError(
-                f"the prompt has {n_prompt} tokens; {what} holds {self.max_model_len}, of which at least one is for the answer"
+                f"the prompt has {n_prompt} tokens; {what} holds {self.max_model_len}, "
+                "of which at least one is for the answer"
             )
         if params.max_tokens is None:
             return room
@@ -219,7 +226,7 @@ class Engine:
             )
         return params.max_tokens
 
-    # -- life -----------------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """A consistent snapshot, taken between two steps."""

@@ -1,10 +1,10 @@
 """The engine's branch of the error tree (its root stands in stemcache.prefixtree.errors).
 
-    EngineError
-    ├── InvalidRequestError        the caller's prompt or parameters are wrong; names the parameter
-    │   └── ContextLengthError     prompt longer than the model or the pool can hold
-    ├── ModelLoadError             the checkpoint folder is missing, broken or of a kind that cannot be served exactly
-    └── EngineClosedError          the engine was closed, or its thread died
+EngineError
+├── InvalidRequestError        the caller's prompt or parameters are wrong; names the parameter
+│   └── ContextLengthError     prompt longer than the model or the pool can hold
+├── ModelLoadError             the checkpoint folder is missing, broken or of a kind that cannot be served exactly
+└── EngineClosedError          the engine was closed, or its thread died
 """
 
 from __future__ import annotations

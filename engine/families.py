@@ -1,7 +1,7 @@
 """Which models can be served exactly, and what of their configuration the engine needs.
 
-Invariant: a model is listed only if tests compare its tokens with transformers' own `generate` (tests/engine/test_families.py);
-everything else is refused by name, because a cache that is almost right is wrong.
+Invariant: a model is listed only if tests compare its tokens with transformers' own `generate`
+(tests/engine/test_families.py); everything else is refused by name, because a cache that is almost right is wrong.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ FAMILIES = (
     "smollm3",
 )
 
-# These change the rotation of all keys when a sequence grows past the original length, so keys computed before and after
-# do not belong together; up to that length they are ordinary. (transformers.modeling_rope_utils: dynamic_rope_update)
+# These change the rotation of all keys when a sequence grows past the original length, so keys computed before and
+# after do not belong together; up to that length they are ordinary. (transformers.modeling_rope_utils:
+# dynamic_rope_update)
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from torch import Tensor
-
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.errors import EngineClosedError, EngineError
 from stemcache.engine.outputs import Delta, FinishReason
@@ -104,7 +102,9 @@ class EngineLoop:
         while not self._inbox.empty():  # requests posted since, and callers that wait for an answer
             self._inbox.get()()
         for request in self.scheduler.requests():
-            self._end(request, cause if isinstance(cause, EngineError) else EngineClosedError(f"the engine died: {cause}"))
+            self._end(
+                request, cause if isinstance(cause, EngineError) else EngineClosedError(f"the engine died: {cause}")
+            )
 
     def _read_inbox(self) -> None:
         """Do what others asked for; with nothing to compute, wait for it."""
@@ -169,7 +169,7 @@ class EngineLoop:
             sequence.lease.commit(sequence.tokens if entry.completes else sequence.tokens[: entry.stop])
 
     def _rows_to_choose(self, step: list[Scheduled]) -> dict[Sequence, int]:
-        """The sequences that get a token now, and the row of their logits. A prompt's choices fork from its first one."""
+        """The sequences that get a token now, with the row of their logits. Choices fork from their prompt's first one."""
         rows: dict[Sequence, int] = {}
         for row, entry in enumerate(entry for entry in step if entry.completes):
             request = entry.sequence.request

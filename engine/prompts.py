@@ -94,4 +94,6 @@ class Prompts:
     def _takes_documents(self) -> bool:
         assert self._tokenizer is not None
         template = self._tokenizer.get_chat_template()
-        return "documents" in meta.find_undeclared_variables(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+        return "documents" in meta.find_undeclared_variables(
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        )

@@ -2,8 +2,8 @@
 
 Invariant: what a sequence draws depends on its own logits, history and seed only, never on what else is in the batch.
 
-Temperature, top-k, top-p, min-p and the repetition penalty are transformers' own logits processors, so they mean what they
-mean in `generate`; OpenAI's penalties and the logit bias are two lines each and stand here.
+Temperature, top-k, top-p, min-p and the repetition penalty are transformers' own logits processors, so they mean what
+they mean in `generate`; OpenAI's penalties and the logit bias are two lines each and stand here.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], histories: S
     best, greedy = logits.max(-1)
     # A maximum is NaN exactly when its row holds one, so this costs no pass of its own.
     if bool(torch.isnan(best).any()):
-        raise EngineError("the model produced NaN logits: its weights are broken or its dtype overflows; try --dtype float32")
+        raise EngineError(
+            "the model produced NaN logits: its weights are broken or its dtype overflows; try --dtype float32"
+        )
     greedy_ids = greedy.tolist()
     chosen = []
     for row, (chooser, history) in enumerate(zip(choosers, histories, strict=True)):

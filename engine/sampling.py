@@ -23,7 +23,8 @@ class SamplingParams:
 
     max_tokens: tokens to generate at most; None for as many as the model and the pool can hold.
     temperature: 0 is greedy; otherwise logits are divided by it.
-    top_p, top_k, min_p: keep the smallest set of mass `top_p`, the `top_k` likeliest (0: all), those at least `min_p` times
+    top_p, top_k, min_p: keep the smallest set of mass `top_p`, the `top_k` likeliest (0: all), those at least `min_p`
+    times
         as likely as the likeliest (arXiv 2407.01082).
     repetition_penalty: divides positive and multiplies negative logits of every token seen in prompt or output
         (CTRL, arXiv 1909.05858).
@@ -79,7 +80,9 @@ class SamplingParams:
         if isinstance(self.stop, str):
             raise InvalidRequestError("stop must be a list of strings, not one string", param="stop")
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", param="stop")
+            raise InvalidRequestError(
+                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", param="stop"
+            )
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InvalidRequestError("stop must hold non-empty strings", param="stop")

@@ -1,7 +1,8 @@
 """The scheduler: which tokens of which sequences the next step computes. Knows leases and queues, nothing of tensors.
 
-Invariant: a running sequence holds a lease with slots for all tokens that it is scheduled for; a waiting one holds none.
-The oldest sequence always makes progress: when slots run out, the youngest is preempted, its full chunks staying cached.
+Invariant: a running sequence holds a lease with slots for all tokens that it is scheduled for; a waiting one holds
+none. The oldest sequence always makes progress: when slots run out, the youngest is preempted, its full chunks
+staying cached.
 """
 
 from __future__ import annotations

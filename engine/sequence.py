@@ -1,7 +1,7 @@
 """A request and its sequences: the engine's bookkeeping of one prompt and its choices.
 
-Invariant: the keys and values of `tokens[:computed]` lie in the slots of `lease`; a sequence without a lease has computed
-nothing. `tokens` is the prompt followed by what was generated, and only ever grows.
+Invariant: the keys and values of `tokens[:computed]` lie in the slots of `lease`; a sequence without a lease has
+computed nothing. `tokens` is the prompt followed by what was generated, and only ever grows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A stream: one request's deltas on their way from the engine's thread to whoever reads them.
 
-Invariant: the engine's thread only appends; one reader takes, in a `for` or an `async for`. Leaving a `with stream:` block
-early cancels the request, so nobody pays for tokens that nobody reads.
+Invariant: the engine's thread only appends; one reader takes, in a `for` or an `async for`. Leaving a `with stream:`
+block early cancels the request, so nobody pays for tokens that nobody reads.
 """
 
 from __future__ import annotations

@@ -62,9 +62,10 @@ def _call(query: Tensor, pool_layer: Tensor, call: Call, scale: float, softcap: 
     rows = query if call.rows is None else query.index_select(0, call.rows)
     key, value = _keys_values(pool_layer, call)
     if call.packed:
-        packed = rows.view(call.batch, call.n_rows, kv_heads, group, head_dim).transpose(1, 2)
-        queries = packed.reshape(call.batch, kv_heads, call.n_rows * group, head_dim)
-        queries = queries.expand(key.shape[0], -1, -1, -1)
+        queries = rows.view(call.batch, call.n_rows, kv_heads, group, head_dim).transpose(1, 2)
+        queries = queries.flatten(2, 3)  # a copy, unless n_rows is 1
+        if call.splits > 1:
+            queries = queries.expand(call.splits, -1, -1, -1)
     else:
         queries = rows.transpose(0, 1).unsqueeze(0)
     if softcap is None:

@@ -1,10 +1,10 @@
 """Train the demo model: a small Llama that reads documents and answers from them.
 
-    python scripts/train_demo_model.py --out engine/demo/model --minutes 60
+    python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 60
 
-The curriculum starts with one document of two facts and adds documents as the accuracy passes 0.9. The loss is the answers'
-cross-entropy plus a twentieth of the loss on all tokens; answers repeat the question before the value, so copying emerges
-early (what comes after "of Velmora is" stands in the document after the same words).
+The curriculum starts with one document of two facts and adds documents as the accuracy passes 0.9. The loss is the
+answers' cross-entropy plus a twentieth of the loss on all tokens; answers repeat the question before the value, so
+copying emerges early (what comes after "of Velmora is" stands in the document after the same words).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import argparse
 import itertools
 import math
 import random
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine.demo.facts import SYSTEM_PROMPT, random_corpus  # noqa: E402  (the script runs before anything is installed)
+from engine.demo.facts import SYSTEM_PROMPT, random_corpus
 
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|document|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -39,14 +39,15 @@ CHAT_TEMPLATE = (
     "{%- if message['role'] in ['user', 'assistant'] -%}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{%- elif message['role'] not in ['system', 'developer'] -%}"
-    "{{ raise_exception('the demo model knows the roles system, developer, user and assistant, not ' + message['role']) }}"
+    "{{ raise_exception('the roles are system, developer, user and assistant, not ' + message['role']) }}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
 # (documents, facts each, filler sentences each, questions): the last stage is a mixture of all sizes up to it.
 STAGES = [(1, 2, 0, 6), (2, 2, 0, 8), (3, 3, 0, 10), (4, 4, 1, 12), (6, 4, 2, 12), (9, 4, 2, 14), (12, 4, 2, 16)]
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2560
+PEAK_RATE = 1.5e-3
 
 
 def train_tokenizer(rng: random.Random, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -61,7 +62,10 @@ def train_tokenizer(rng: random.Random, vocab_size: int) -> PreTrainedTokenizerF
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     corpus = random_corpus(rng, 4000, held_out=False)
     texts = (f"{d.title}\n{d.text} {' '.join(f.question for f in d.facts)}" for d in corpus)
@@ -97,10 +101,10 @@ def make_example(rng: random.Random, stage: int) -> list[tuple[str, bool]]:
 
 
 def make_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids int64[B, T] and the answers' mask bool[B, T], about TOKENS_PER_STEP tokens in all."""
+    """Token ids int64[B, T] and the answers' mask bool[B, T], about TOKENS_PER_STEP tokens, and 3 rows or more."""
     rows: list[tuple[list[int], list[bool]]] = []
     longest = 0
-    while not rows or longest * len(rows) < TOKENS_PER_STEP:
+    while len(rows) < 3 or longest * len(rows) < TOKENS_PER_STEP:
         pieces = make_example(rng, stage)
         encoded = tokenizer.backend_tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
         ids = [i for e in encoded for i in e.ids]
@@ -115,66 +119,107 @@ def make_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, stage: in
     return batch, mask
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    rng = random.Random(options.seed)
-    tokenizer = train_tokenizer(rng, 1024)
-    config = LlamaConfig(
+def configure(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The demo model's shape: 1.8 million parameters."""
+    return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(options.device)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    start, stage, accuracy, since = time.monotonic(), 0, 0.0, 0
+
+
+def learning_rate(step: int, used: float) -> float:
+    """100 steps of warm-up, then constant, and a cosine down to 2 % over the last four tenths of the time."""
+    decay = 1.0 if used < 0.6 else 0.02 + 0.98 * (1 + math.cos(math.pi * (used - 0.6) / 0.4)) / 2
+    return PEAK_RATE * min(1.0, (step + 1) / 100) * decay
+
+
+@dataclass
+class Progress:
+    """Where the curriculum stands. `accuracy` is a running mean over the stage's batches, of answers without an error."""
+
+    stage: int
+    accuracy: float = 0.0
+    steps: int = 0
+
+    def note(self, accuracy: float) -> None:
+        self.accuracy, self.steps = 0.95 * self.accuracy + 0.05 * accuracy, self.steps + 1
+        if self.accuracy > 0.9 and self.steps > 60 and self.stage < len(STAGES) - 1:
+            self.stage, self.accuracy, self.steps = self.stage + 1, 0.5, 0
+
+
+def train_step(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: torch.Tensor, said: torch.Tensor, pad: int
+) -> tuple[float, float]:
+    """One update. Returns the answers' loss, and the share of answers without an error (0 if errors are more)."""
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    target, learn, real = ids[:, 1:], said[:, 1:], ids[:, 1:] != pad
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    losses = torch.nn.functional.cross_entropy(flat, target.reshape(-1), reduction="none").view_as(target)
+    answers_loss = losses[learn].mean()
+    optimizer.zero_grad()
+    (answers_loss + 0.05 * losses[real].mean()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    wrong = ((logits.argmax(-1) != target) & learn).sum().item()
+    answers = (learn[:, 1:] < learn[:, :-1]).sum().item() + learn[:, -1].sum().item()
+    return answers_loss.item(), max(0.0, 1 - wrong / max(1, answers))
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> None:
+    """Train for `options.minutes`, saving every 500 steps, so that an interrupted run leaves what it had."""
+    rng = random.Random(options.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    progress, active = Progress(options.resume or 0), 0.0
     for step in itertools.count():
-        used = (time.monotonic() - start) / (60 * options.minutes)
+        begin, used = time.monotonic(), active / (60 * options.minutes)
         if used >= 1:
             break
-        rate = 1.5e-3 * min(1.0, (step + 1) / 100) * (1.0 if used < 0.6 else 0.02 + 0.98 * (1 + math.cos(math.pi * (used - 0.6) / 0.4)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        ids, said = make_batch(rng, tokenizer, stage if rng.random() < 0.85 else rng.randint(0, stage))
-        ids, said = ids.to(options.device), said.to(options.device)
-        with torch.autocast(options.device, dtype=torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits
-        target, learn, real = ids[:, 1:], said[:, 1:], ids[:, 1:] != tokenizer.pad_token_id
-        flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-        losses = torch.nn.functional.cross_entropy(flat, target.reshape(-1), reduction="none").view_as(target)
-        loss = losses[learn].mean() + 0.05 * losses[real].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        right = ((logits[:, :-1].argmax(-1) == target) | ~learn).float()
-        # An answer is right when each of its tokens is: count answers by their last token's run.
-        wrong_tokens = ((1 - right).sum()).item()
-        answers = (learn[:, 1:] < learn[:, :-1]).sum().item() + learn[:, -1].sum().item()
-        accuracy = 0.95 * accuracy + 0.05 * max(0.0, 1 - wrong_tokens / max(1, answers))
-        since += 1
+            group["lr"] = learning_rate(step, used)
+        stage = progress.stage if rng.random() < 0.85 else rng.randint(0, progress.stage)
+        ids, said = (tensor.to(options.device) for tensor in make_batch(rng, tokenizer, stage))
+        loss, accuracy = train_step(model, optimizer, ids, said, tokenizer.pad_token_id)
+        progress.note(accuracy)
         if step % 50 == 0:
-            print(f"{used:6.1%} step {step} stage {stage} loss {loss.item():.3f} answers {losses[learn].mean().item():.4f} right {accuracy:.3f} shape {tuple(ids.shape)}", flush=True)
-        if accuracy > 0.9 and since > 60 and stage < len(STAGES) - 1:
-            stage, since, accuracy = stage + 1, 0, 0.5
+            print(
+                f"{used:6.1%} step {step} stage {progress.stage} loss {loss:.4f} right {progress.accuracy:.3f}",
+                flush=True,
+            )
         if step % 500 == 0:
             save(model, tokenizer, options.out)
-    save(model, tokenizer, options.out)
-    print(f"saved to {options.out}", flush=True)
+        active += min(time.monotonic() - begin, 10.0)  # a machine that was suspended has not trained
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint folder; also in between, so that an interrupted run leaves what it had."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=80)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", type=int, metavar="STAGE", help="go on from the checkpoint in --out, at this stage")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    if options.resume is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.out)
+        model = LlamaForCausalLM.from_pretrained(options.out, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(random.Random(options.seed), 1024)
+        model = LlamaForCausalLM(configure(tokenizer))
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{size:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
+    model.to(options.device)
+    train(model, tokenizer, options)
+    save(model.cpu(), tokenizer, options.out)
+    print(f"saved to {options.out}", flush=True)
 
 
 if __name__ == "__main__":

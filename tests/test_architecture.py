@@ -44,7 +44,7 @@ def violations(package: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_point_down(package: str) -> None:
-    modules = [path for path in (ROOT / package).rglob("*.py")]
+    modules = list((ROOT / package).rglob("*.py"))
     assert modules, f"{package}/ holds no module"
     for path in modules:
         assert violations(package, path.read_text()) == [], path.relative_to(ROOT)
@@ -64,7 +64,7 @@ def test_the_trees_bookkeeping_is_free_of_torch(name: str) -> None:
 
 
 def test_kernels_is_no_package_of_its_own() -> None:
-    """A top-level `kernels/__init__.py` would be taken for Hugging Face's library of that name and break transformers."""
+    """With an `__init__.py` it would be taken for Hugging Face's library of that name, which transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

@@ -5,5 +5,5 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-MODEL_PATH: Final = Path(__file__).parent / "model"
+MODEL_PATH: Final = Path(__file__).parent / "stemcache-demo"
 """The demo model's folder: what is served when no model is named."""

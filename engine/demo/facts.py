@@ -1,7 +1,8 @@
 """Synthetic documents whose facts cannot be memorised, and questions about them.
 
-Invariant: everything is drawn from the `random.Random` that the caller passes in, so a seed names a corpus. Names are random
-syllables, one in eight of them held out of training, so a model that answers right about those has read the documents.
+Invariant: everything is drawn from the `random.Random` that the caller passes in, so a seed names a corpus. Names are
+random syllables, one in eight of them held out of training, so a model that answers right about those has read the
+documents.
 
 The demo model is trained on this world (`scripts/train_demo_model.py`), the demo serves from it, and
 `benchmarks/answers.py` measures with it what a lossy feature costs in answers.
@@ -98,9 +99,7 @@ def _random_value(rng: random.Random, attribute: str, held_out: bool) -> str:
 ATTRIBUTES = ("code", "colour", "date", "weight", "keeper", "founder")
 
 
-def random_document(
-    rng: random.Random, *, facts: int = 4, fillers: int = 2, held_out: bool = True
-) -> FactDocument:
+def random_document(rng: random.Random, *, facts: int = 4, fillers: int = 2, held_out: bool = True) -> FactDocument:
     """One document of `facts` facts (at most `len(ATTRIBUTES)`) between `fillers` sentences without any."""
     entity = random_name(rng, held_out=held_out)
     attributes = rng.sample(ATTRIBUTES, facts)

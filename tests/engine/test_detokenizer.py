@@ -65,9 +65,10 @@ def test_text_ends_before_the_first_stop_string(byte_level, text, stop):
     if not ends:
         assert got == text
     else:
-        # The earliest *finished* stop string wins, as it must when tokens come one at a time.
-        finished = min(at + len(s) for s in stop if (at := text.find(s)) >= 0)
-        assert got == text[: min(at for s in stop if 0 <= (at := text[:finished].find(s)))]
+        # The first stop string that is *finished* wins, as it must when tokens come one at a time.
+        finished = min(at + len(s) for at, s in ((text.find(s), s) for s in stop) if at >= 0)
+        starts = [text[:finished].find(s) for s in stop]
+        assert got == text[: min(at for at in starts if at >= 0)]
 
 
 def test_a_stop_string_may_span_tokens(byte_level):

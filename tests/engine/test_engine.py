@@ -1,4 +1,4 @@
-"""The engine as its users see it: sharing, forks, cancellation, bad input, failures; after each test nothing is leaked."""
+"""The engine as its users see it: sharing, forks, cancellation, bad input, failures. After each test nothing leaks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def count_rows(engine):
     return rows
 
 
-# -- sharing ------------------------------------------------------------------------------------------------------------
+# -- sharing ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_request_computes_only_what_is_new(llama_engine):
@@ -136,7 +136,7 @@ def test_logprobs_are_the_models(llama_engine, models):
         assert logprob.top[0] == (logprob.token_id, logprob.logprob)
 
 
-# -- ends ---------------------------------------------------------------------------------------------------------------
+# -- ends ------------------------------------------------------------------------------------------------------------
 
 
 def test_stop_tokens_and_the_models_end_of_sequence(llama_engine):
@@ -154,9 +154,7 @@ def test_stop_tokens_and_the_models_end_of_sequence(llama_engine):
 
 def test_max_tokens_none_fills_the_context(llama_engine):
     engine = llama_engine()
-    (completion,) = engine.generate(
-        [PREFIX], SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
-    )
+    (completion,) = engine.generate([PREFIX], SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
     assert len(PREFIX) + len(completion.token_ids) == engine.max_model_len
     assert completion.finish_reason == "length"
 
@@ -171,7 +169,7 @@ def test_stop_strings_end_the_text(demo_engine):
     assert cut.finish_reason == "stop"
 
 
-# -- cancellation and streams -------------------------------------------------------------------------------------------
+# -- cancellation and streams ----------------------------------------------------------------------------------------
 
 
 def until_idle(engine):
@@ -251,7 +249,7 @@ def test_many_threads(llama_engine):
         assert results == [expected[(thread + i) % 4] for i in range(4)]
 
 
-# -- bad input and failures ---------------------------------------------------------------------------------------------
+# -- bad input and failures ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

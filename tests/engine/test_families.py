@@ -41,7 +41,7 @@ def test_bfloat16_stays_within_transformers_own_rounding(family):
 
 def test_other_families_are_refused_by_name():
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32)
-    with pytest.raises(ModelLoadError, match="'gpt2'.*llama"):
+    with pytest.raises(ModelLoadError, match=r"'gpt2'.*llama"):
         Engine.from_model(AutoModelForCausalLM.from_config(config))
 
 

@@ -7,7 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from stemcache import SamplingParams
 from stemcache.engine.errors import EngineError, InvalidRequestError
@@ -81,9 +87,12 @@ def test_repetition_penalty_counts_prompt_and_output_and_works_on_both_signs():
         ({"top_k": 3}, [TopKLogitsWarper(3)]),
         ({"top_p": 0.6}, [TopPLogitsWarper(0.6)]),
         ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
-        ({"temperature": 1.6, "top_k": 5, "top_p": 0.9}, [TemperatureLogitsWarper(1.6), TopKLogitsWarper(5), TopPLogitsWarper(0.9)]),
+        (
+            {"temperature": 1.6, "top_k": 5, "top_p": 0.9},
+            [TemperatureLogitsWarper(1.6), TopKLogitsWarper(5), TopPLogitsWarper(0.9)],
+        ),
     ],
-)  # fmt: skip
+)
 def test_draws_follow_the_distribution_of_transformers(params, warpers):
     """A chi-square test against transformers' warpers, at a level that a wrong filter or temperature cannot pass."""
     logits = torch.tensor([2.0, 1.5, 1.0, 0.2, 0.0, -1.0, -2.0])
