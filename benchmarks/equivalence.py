@@ -202,7 +202,7 @@ def bfloat16_errors(family: str, *, prompts: int) -> tuple[float, list[float]]:
 
 
 def _served_logits(served: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """The logits from which the engine chooses each prompt's first token, prompt after prompt, in steps of 16 tokens."""
+    """The logits from which the engine chooses each prompt's first token, prompt by prompt, in steps of 16 tokens."""
     rows: list[torch.Tensor] = []
     with Engine.from_model(served, pool_bytes=1 << 22, chunk_tokens=CHUNK, max_step_tokens=16) as engine:
         run = engine._runner.run

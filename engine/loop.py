@@ -169,7 +169,7 @@ class EngineLoop:
             sequence.lease.commit(sequence.tokens if entry.completes else sequence.tokens[: entry.stop])
 
     def _rows_to_choose(self, step: list[Scheduled]) -> dict[Sequence, int]:
-        """The sequences that get a token now, with the row of their logits. Choices fork from their prompt's first one."""
+        """The sequences that get a token now, with the row of their logits. A prompt's choices fork here."""
         rows: dict[Sequence, int] = {}
         for row, entry in enumerate(entry for entry in step if entry.completes):
             request = entry.sequence.request
