@@ -14,7 +14,9 @@ warm and the data no warmer than they would be. Columns, microseconds a layer, m
 
     python benchmarks/attention.py [--threads 2] [--repeats 9]
 
-With one thread the clock is the process's CPU time, which a busy machine disturbs least.
+On a busy machine set OMP_WAIT_POLICY=PASSIVE: spinning threads make every parallel region wait for a time slice of the
+other processes (8 ms were seen), which hurts the short regions most. With one thread the clock is the process's CPU
+time, which leaves the waiting out.
 """
 
 from __future__ import annotations

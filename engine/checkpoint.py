@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded model. `fingerprint` is a SHA-256 over its configuration and weights, so equal digests mean equal caches."""
+    """A loaded model. `fingerprint` is a SHA-256 over configuration and weights: equal digests, equal caches."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None

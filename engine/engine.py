@@ -91,7 +91,7 @@ class Engine:
     ) -> Engine:
         """Load a folder in Hugging Face's form, or a hub name.
 
-        device: "auto" (a GPU if there is one), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto" or "cpu"; "cuda" is refused until there is an attention backend for it. dtype: "auto", "float32", "bfloat16" or "float16".
         pool_bytes: memory for keys and values. chunk_tokens: tokens per chunk, a power of two from 16 to 256.
         Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other chunk sizes.
         """
@@ -283,6 +283,6 @@ def _eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
 def _device(device: str) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
         raise ModelLoadError(f"device must be auto, cpu or cuda; got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError("no usable GPU: torch.cuda.is_available() is false; use device='cpu' or 'auto'")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        raise ModelLoadError("there is no attention backend for GPUs yet: use device='cpu' or 'auto'")
+    return torch.device("cpu")

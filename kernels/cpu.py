@@ -4,7 +4,7 @@ Invariant: a layer costs the calls of its schedule and one merge; nothing here d
 
 The kernel is `torch.ops.aten._scaled_dot_product_flash_attention_for_cpu`: the exact CPU form that also returns the
 log-sum-exp (natural logarithm), which `scaled_dot_product_attention` hides. Two matrix products with a softmax
-between were slower in both dtypes and, with bfloat16 scores, less exact. It has no softcap; `_softcapped` has.
+between were slower in most shapes tried and, with bfloat16 scores, less exact. It has no softcap; `_softcapped` has.
 
 Partials are held as [K, group, kv_heads, head_dim], the order in which the kernel writes packed rows.
 """
@@ -67,18 +67,23 @@ def _call(query: Tensor, pool_layer: Tensor, call: Call, scale: float, softcap: 
         if call.splits > 1:
             queries = queries.expand(call.splits, -1, -1, -1)
     else:
-        queries = rows.transpose(0, 1).unsqueeze(0)
+        # KV heads become the batch, their query heads the heads: torch 2.13 also takes fewer KV heads than query heads,
+        # but an older kernel would then read past the keys without a word
+        queries = rows.view(call.n_rows, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        key, value = (kv.transpose(0, 1).expand(-1, group, -1, -1) for kv in (key, value))
     if softcap is None:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, key, value, 0.0, call.causal, attn_mask=call.mask, scale=scale
         )
     else:
         output, lse = _softcapped(queries, key, value, call, scale, softcap)
-    output, lse = output.transpose(1, 2), lse.transpose(1, 2)  # [batch, kernel rows, heads, ...], contiguous
+    output, lse = (
+        output.transpose(1, 2),
+        lse.transpose(1, 2),
+    )  # [batch, kernel rows, heads, ...], the kernel's own order
     if call.packed:
         return output.reshape(-1, group, kv_heads, head_dim), lse.reshape(-1, group, kv_heads)
-    shape = (call.n_rows, kv_heads, group)
-    return output.reshape(*shape, head_dim).transpose(1, 2), lse.reshape(shape).transpose(1, 2)
+    return output.permute(1, 2, 0, 3), lse.permute(1, 2, 0)
 
 
 def _keys_values(pool_layer: Tensor, call: Call) -> tuple[Tensor, Tensor]:

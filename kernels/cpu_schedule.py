@@ -3,11 +3,11 @@
 Invariant: the calls of a schedule cover every visible (row, key) pair once, and the merge refers only to partials that
 saw at least one key (the kernel returns log-sum-exp 0, not -inf, for a row whose keys are all masked).
 
-Four facts of the CPU kernel shape the cuts (measured on two cores, head_dim 64; `benchmarks/attention.py`):
-a call costs 20 to 30 us, so short runs of many sequences are gathered into one call; from 256 tokens on, reading a
-run in place is cheaper than gathering it; keys are read once for a query tile of 32 rows, so a KV head's whole query
-group is packed into the rows; and its unit of parallel work is (batch, head, query tile), so a long run is split in
-the batch dimension until the tasks balance over the threads.
+Four facts of the CPU kernel shape the cuts (times: two busy x86 cores, head_dim 64, one thread, best of 25). A call
+costs 20 to 30 us, so short runs of many sequences are gathered into one call. From 256 tokens on, reading a run in
+place is cheaper than gathering it. Keys are read once for a query tile of 32 rows, so a KV head's whole query group
+is packed into the rows. Its unit of parallel work is (batch, head, query tile), so a long run is split in the batch
+dimension until the tasks balance over the threads.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ Ints = NDArray[np.int64]
 STRETCH_TOKENS = 256
 """Shortest run read in place, and longest gathered at once: below it a call of its own costs more than the copy."""
 LONG_TOKENS = 4096
-"""From here on idle threads cost more than a call: a run gives up its broken last chunk to be split evenly."""
+"""From here on idle threads should cost more than a call: a run gives up its broken last chunk to be split evenly (an
+estimate)."""
 MANY_ROWS = 64
-"""From here on a piece is called by itself, head by head (a prefill); below, pieces of equal shape are batched."""
+"""From here on a piece is called by itself, head by head (a prefill); below, pieces of equal shape are batched
+(an estimate)."""
 BUCKET_CHUNKS = 4
 """Chunks of padding accepted to save a call: one chunk of one sequence costs about 10 us, a call some 40 us."""
 WINDOW_ROWS = 256
-"""Rows of a long windowed prefill per piece, so that work grows with the window and not with the prompt."""
+"""Rows of a long windowed prefill per piece, so that work grows with the window and not with the prompt
+(an estimate)."""
 SPLIT_TOKENS = 256
-"""Shortest part that a run is split into for the sake of balance."""
+"""Shortest part that a run is split into for the sake of balance (an estimate)."""
 QUERY_TILE = 32
 """Query rows per task of the kernel for short queries (ATen/native/cpu/FlashAttentionKernel.cpp, q_split_size)."""
 

@@ -21,8 +21,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine.demo.facts import SYSTEM_PROMPT, random_corpus
+from stemcache.engine.demo.facts import SYSTEM_PROMPT, random_corpus
 
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|document|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -46,7 +45,8 @@ CHAT_TEMPLATE = (
 )
 # (documents, facts each, filler sentences each, questions): the last stage is a mixture of all sizes up to it.
 STAGES = [(1, 2, 0, 6), (2, 2, 0, 8), (3, 3, 0, 10), (4, 4, 1, 12), (6, 4, 2, 12), (9, 4, 2, 14), (12, 4, 2, 16)]
-TOKENS_PER_STEP = 2560
+TOKENS_PER_STEP = 3072
+LENGTH_STEP = 128
 PEAK_RATE = 1.5e-3
 
 
@@ -101,18 +101,24 @@ def make_example(rng: random.Random, stage: int) -> list[tuple[str, bool]]:
 
 
 def make_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids int64[B, T] and the answers' mask bool[B, T], about TOKENS_PER_STEP tokens, and 3 rows or more."""
+    """Token ids int64[B, T] and the answers' mask bool[B, T], about TOKENS_PER_STEP tokens, and 3 rows or more.
+
+    T is a multiple of LENGTH_STEP: a CPU's bfloat16 products are compiled anew for each shape, and varying ones made a
+    step four times slower.
+    """
     rows: list[tuple[list[int], list[bool]]] = []
-    longest = 0
-    while len(rows) < 3 or longest * len(rows) < TOKENS_PER_STEP:
+    length = count = 0
+    while not rows or len(rows) < count:
         pieces = make_example(rng, stage)
         encoded = tokenizer.backend_tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
         ids = [i for e in encoded for i in e.ids]
+        if not rows:
+            length = -(-len(ids) // LENGTH_STEP) * LENGTH_STEP
+            count = max(3, TOKENS_PER_STEP // length)
         learn = [said for e, (_, said) in zip(encoded, pieces, strict=True) for _ in e.ids]
-        rows.append((ids, learn))
-        longest = max(longest, len(ids))
-    batch = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        rows.append((ids[:length], learn[:length]))
+    batch = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
     for row, (ids, learn) in enumerate(rows):
         batch[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = torch.tensor(learn)
@@ -136,7 +142,7 @@ def learning_rate(step: int, used: float) -> float:
 
 @dataclass
 class Progress:
-    """Where the curriculum stands. `accuracy` is a running mean over the stage's batches, of answers without an error."""
+    """Where the curriculum stands. `accuracy` is a running mean over the stage, of answers without an error."""
 
     stage: int
     accuracy: float = 0.0
@@ -183,10 +189,8 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: 
         loss, accuracy = train_step(model, optimizer, ids, said, tokenizer.pad_token_id)
         progress.note(accuracy)
         if step % 50 == 0:
-            print(
-                f"{used:6.1%} step {step} stage {progress.stage} loss {loss:.4f} right {progress.accuracy:.3f}",
-                flush=True,
-            )
+            state = f"stage {progress.stage} loss {loss:.4f} right {progress.accuracy:.3f} of {tuple(ids.shape)}"
+            print(f"{used:6.1%} step {step} {state}", flush=True)
         if step % 500 == 0:
             save(model, tokenizer, options.out)
         active += min(time.monotonic() - begin, 10.0)  # a machine that was suspended has not trained
