@@ -61,7 +61,7 @@ def their_steps(model: PreTrainedModel, cache: DynamicCache, prompts: list[list[
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=steps + 1, do_sample=False,
         eos_token_id=None, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]),
     )  # fmt: skip
-    cache.crop(length)
+    cache.crop(length - cache.get_seq_length())  # a negative number: tokens to drop
     return [after - before for before, after in zip(clock.ticks, clock.ticks[1:], strict=False)]
 
 

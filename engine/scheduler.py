@@ -33,7 +33,8 @@ class Scheduled:
 class Scheduler:
     """Continuous batching with chunked prefill over a prefix store.
 
-    max_step_tokens: tokens that one step computes at most. Decoding sequences come first and are never held back by it.
+    max_step_tokens: tokens of prompts that one step computes, or a quarter of it while others decode and would have
+        to wait. Decoding sequences come first and are never held back by it.
     max_running: sequences that hold slots at once.
     """
 
@@ -56,16 +57,16 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """The next step. Empty only when there is nothing to do."""
         step: dict[Sequence, Scheduled] = {}
-        budget = self._max_step_tokens
         decoding = [s for s in self.running if s.remaining == 1]
         prefilling = [s for s in self.running if s.remaining > 1]
+        budget = max(1, self._max_step_tokens // 4) if decoding else self._max_step_tokens
         for sequence in decoding + prefilling:
-            count = sequence.remaining if sequence.remaining == 1 else min(sequence.remaining, budget)
-            if count <= 0 or sequence.lease is None:  # no budget left, or preempted for one scheduled before
+            count = 1 if sequence.remaining == 1 else _piece(sequence, budget)
+            if count == 0 or sequence.lease is None:  # no budget left, or preempted for one scheduled before
                 continue
             if self._make_room(sequence, sequence.computed + count, step):
                 step[sequence] = Scheduled(sequence, sequence.computed, sequence.computed + count)
-                budget -= count
+                budget -= 0 if count == 1 else count
         self._admit(step, budget)
         return list(step.values())
 
@@ -95,7 +96,7 @@ class Scheduler:
                 continue
             if not self._start(sequence):
                 return
-            count = min(sequence.remaining, budget)
+            count = _piece(sequence, budget)
             step[sequence] = Scheduled(sequence, sequence.computed, sequence.computed + count)
             budget -= count
 
@@ -148,3 +149,14 @@ class Scheduler:
         """The requests that run or wait, oldest first."""
         found = {s.request: None for s in (*self.running, *self.waiting) if match(s.request)}
         return sorted(found, key=lambda r: r.arrival)
+
+
+def _piece(sequence: Sequence, budget: int) -> int:
+    """Tokens of a sequence to compute with what is left of a step's budget.
+
+    All that remain if they exceed the budget by a quarter at most: a small last piece would cost another whole pass
+    over the weights, which on a CPU is as much as a hundred tokens.
+    """
+    if budget <= 0:
+        return 0
+    return sequence.remaining if sequence.remaining <= budget + budget // 4 else budget

@@ -108,15 +108,21 @@ def _merge(output: Tensor, lse: Tensor, merge: Merge, sink: Tensor | None) -> Te
     n, width = merge.partials.shape
     if width == 1 and sink is None:
         return output.index_select(0, merge.partials[:, 0])
-    index = merge.partials.flatten()
-    logits = lse.index_select(0, index).view(n, width, *lse.shape[1:])
+    logits, parts = _partials(lse, merge), _partials(output, merge)
     if merge.padding is not None:
         logits = logits + merge.padding
     if sink is not None:
         logits = torch.cat([logits, sink.expand(n, 1, -1, -1)], dim=1)
     weights = logits.softmax(dim=1)[:, :width].unsqueeze(-1)
-    parts = output.index_select(0, index).view(n, width, *output.shape[1:])
     return (parts * weights).sum(dim=1).to(output.dtype)
+
+
+def _partials(values: Tensor, merge: Merge) -> Tensor:
+    """Each row's partials, [n, P, ...], out of [K, ...]."""
+    n, width = merge.partials.shape
+    if merge.aligned:
+        return values.view(width, n, *values.shape[1:]).transpose(0, 1)
+    return values.index_select(0, merge.partials.flatten()).view(n, width, *values.shape[1:])
 
 
 def _softcapped(

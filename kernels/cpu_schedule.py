@@ -73,11 +73,13 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Merge:
     """Rows with a like number of partials. rows: int64[n] or None for all in order; partials: int64[n, P] indices into
-    the concatenated partials; padding: float[n, P, 1, 1], -inf where a row has fewer than P, or None."""
+    the concatenated partials; padding: float[n, P, 1, 1], -inf where a row has fewer than P, or None; aligned: partial
+    p of row r is number p * n + r, as in a decode step where every call has all rows in order: a view will do."""
 
     rows: Tensor | None
     partials: Tensor
     padding: Tensor | None
+    aligned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,13 @@ class _Builder:
         self._add(call, np.tile(seen, call.splits) if call.splits > 1 else seen)
 
     def _splits(self, n_rows: int, n_keys: int) -> int:
-        """The least power of two that balances the kernel's tasks over the threads (or makes many of them)."""
+        """The least power of two that balances the kernel's tasks over the threads (or makes many of them).
+
+        A plan of one item has nothing to merge if it is not split, and a merge costs what balance saves up to
+        LONG_TOKENS (one sequence of 2,048 bf16 tokens: 255 us whole, 212 us split, 100 us to merge).
+        """
+        if len(self.plan.items) == 1 and n_keys < LONG_TOKENS:
+            return 1
         tasks = self.kv_heads * -(-n_rows * self.group // QUERY_TILE)
         splits = 1
         while (
@@ -321,7 +329,8 @@ def _merges(owners: Ints, n_rows: int) -> Iterator[Merge]:
     counts = np.bincount(owners[by_row], minlength=n_rows)
     assert counts.min() > 0, "a row without any visible key"
     begin = np.cumsum(counts) - counts
-    width = 1 << np.ceil(np.log2(counts)).astype(np.int64)
+    equal = bool((counts == counts[0]).all())
+    width = counts if equal else 1 << np.ceil(np.log2(counts)).astype(np.int64)
     for size in np.unique(width).tolist():
         rows = np.flatnonzero(width == size)
         column = np.arange(size)
@@ -330,4 +339,8 @@ def _merges(owners: Ints, n_rows: int) -> Iterator[Merge]:
         padding = None
         if not used.all():
             padding = torch.zeros(used.shape).masked_fill_(torch.from_numpy(~used), float("-inf"))[:, :, None, None]
-        yield Merge(None if len(rows) == n_rows else torch.from_numpy(rows), torch.from_numpy(partials), padding)
+        aligned = len(owners) == partials.size and np.array_equal(
+            partials, np.arange(partials.size).reshape(size, -1).T
+        )
+        index = None if len(rows) == n_rows else torch.from_numpy(rows)
+        yield Merge(index, torch.from_numpy(partials), padding, aligned)
