@@ -1,0 +1,64 @@
+"""What the documents say can be run, and what they point to is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stemcache import __version__
+from stemcache.api.server_process import ServerProcess
+from stemcache.engine.demo import MODEL_PATH
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with ServerProcess() as server:
+        server.wait_until_ready()
+        yield server.url
+
+
+def programs() -> dict[str, str]:
+    """All Python that a reader is shown, by where it stands."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    found = {f"README block {i}": block for i, block in enumerate(blocks)}
+    return found | {path.name: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}
+
+
+@pytest.mark.parametrize("name", programs())
+def test_programs_run_as_they_stand(name: str, url: str) -> None:
+    """Only the places that are the reader's own are filled in: the server's address, the model's name and folder."""
+    code = programs()[name].replace("http://127.0.0.1:8000", url).replace('"path/to/checkpoint"', repr(str(MODEL_PATH)))
+    code = code.replace('model="checkpoint"', f'model="{MODEL_PATH.name}"')
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"\d", run.stdout), "it printed no figure"
+
+
+def test_examples_are_short() -> None:
+    for path in (ROOT / "examples").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 30, path.name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in DOCUMENTS:
+        named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", path.read_text(), re.MULTILINE))
+        assert {a or b for a, b in named} <= targets, path.name
+
+
+def test_the_changelog_knows_the_version() -> None:
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
