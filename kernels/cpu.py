@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stemcache.kernels.cpu_schedule import Call, Merge, schedule
+from stemcache.kernels.cpu_schedule import Call, schedule
+from stemcache.kernels.merge import merge_partials
 from stemcache.kernels.plan import AttentionPlan
 
 SCORES_AT_ONCE = 1 << 22
@@ -44,12 +45,12 @@ def attend(
     lse = lses[0] if len(lses) == 1 else torch.cat(lses)
     sink = None if sinks is None else sinks.float().view(kv_heads, group).t()
     if len(todo.merges) == 1:
-        merged = _merge(output, lse, todo.merges[0], sink)
+        merged = merge_partials(output, lse, todo.merges[0], sink)
     else:
         merged = output.new_empty(rows, group, kv_heads, head_dim)
         for merge in todo.merges:
             assert merge.rows is not None
-            merged.index_copy_(0, merge.rows, _merge(output, lse, merge, sink))
+            merged.index_copy_(0, merge.rows, merge_partials(output, lse, merge, sink))
     return merged.transpose(1, 2).reshape(rows, q_heads, head_dim)
 
 
@@ -100,29 +101,6 @@ def _keys_values(pool_layer: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     gathered = pool_layer.index_select(2, call.chunks).view(2, kv_heads, call.batch, -1, head_dim)
     key, value = gathered.narrow(3, call.start, n).transpose(1, 2).unbind()
     return key, value
-
-
-def _merge(output: Tensor, lse: Tensor, merge: Merge, sink: Tensor | None) -> Tensor:
-    """Combine each row's partials: weights are the softmax of their log-sum-exps, with a sink as one more that has no
-    value. output [K, group, kv_heads, head_dim], lse [K, group, kv_heads], sink [group, kv_heads] -> [n, ...]."""
-    n, width = merge.partials.shape
-    if width == 1 and sink is None:
-        return output.index_select(0, merge.partials[:, 0])
-    logits, parts = _partials(lse, merge), _partials(output, merge)
-    if merge.padding is not None:
-        logits = logits + merge.padding
-    if sink is not None:
-        logits = torch.cat([logits, sink.expand(n, 1, -1, -1)], dim=1)
-    weights = logits.softmax(dim=1)[:, :width].unsqueeze(-1)
-    return (parts * weights).sum(dim=1).to(output.dtype)
-
-
-def _partials(values: Tensor, merge: Merge) -> Tensor:
-    """Each row's partials, [n, P, ...], out of [K, ...]."""
-    n, width = merge.partials.shape
-    if merge.aligned:
-        return values.view(width, n, *values.shape[1:]).transpose(0, 1)
-    return values.index_select(0, merge.partials.flatten()).view(n, width, *values.shape[1:])
 
 
 def _softcapped(

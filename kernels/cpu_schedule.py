@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stemcache.kernels.merge import Merge, plan_merges
 from stemcache.kernels.plan import AttentionPlan, WorkItem
 
 Ints = NDArray[np.int64]
@@ -68,18 +69,6 @@ class Call:
     packed: bool
     causal: bool
     mask: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Rows with a like number of partials. rows: int64[n] or None for all in order; partials: int64[n, P] indices into
-    the concatenated partials; padding: float[n, P, 1, 1], -inf where a row has fewer than P, or None; aligned: partial
-    p of row r is number p * n + r, as in a decode step where every call has all rows in order: a view will do."""
-
-    rows: Tensor | None
-    partials: Tensor
-    padding: Tensor | None
-    aligned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +122,7 @@ class _Builder:
             for rows in self._row_blocks(item):
                 self._cut(item, rows)
         self._batch_tiles()
-        return Schedule(tuple(self.calls), tuple(_merges(np.concatenate(self.owners), self.plan.n_rows)))
+        return Schedule(tuple(self.calls), tuple(plan_merges(np.concatenate(self.owners), self.plan.n_rows)))
 
     def _row_blocks(self, item: WorkItem) -> Iterator[Ints]:
         if self.window is None or item.shared:
@@ -318,29 +307,3 @@ class _Builder:
 def _run(item: WorkItem, base: int, stop: int, size: int) -> NDArray[np.int32]:
     """The item's chunks that hold the positions [base, stop); base is a multiple of the chunk size."""
     return item.chunks[(base - item.kv_start) // size : -(-(stop - item.kv_start) // size)]
-
-
-def _merges(owners: Ints, n_rows: int) -> Iterator[Merge]:
-    """Group the rows by their number of partials, rounded up to a power of two: padding at most doubles the work, and a
-    step has few groups. (One group padded to the largest count would copy a prefill's rows for the sake of a
-    decode row's partials.)"""
-    by_row = np.argsort(owners, kind="stable")
-    by_row = by_row[np.searchsorted(owners[by_row], 0) :]
-    counts = np.bincount(owners[by_row], minlength=n_rows)
-    assert counts.min() > 0, "a row without any visible key"
-    begin = np.cumsum(counts) - counts
-    equal = bool((counts == counts[0]).all())
-    width = counts if equal else 1 << np.ceil(np.log2(counts)).astype(np.int64)
-    for size in np.unique(width).tolist():
-        rows = np.flatnonzero(width == size)
-        column = np.arange(size)
-        used = column < counts[rows, None]
-        partials = by_row[begin[rows, None] + np.where(used, column, 0)]
-        padding = None
-        if not used.all():
-            padding = torch.zeros(used.shape).masked_fill_(torch.from_numpy(~used), float("-inf"))[:, :, None, None]
-        aligned = len(owners) == partials.size and np.array_equal(
-            partials, np.arange(partials.size).reshape(size, -1).T
-        )
-        index = None if len(rows) == n_rows else torch.from_numpy(rows)
-        yield Merge(index, torch.from_numpy(partials), padding, aligned)

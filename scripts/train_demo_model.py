@@ -45,9 +45,9 @@ CHAT_TEMPLATE = (
 )
 # (documents, facts each, filler sentences each, questions): the last stage is a mixture of all sizes up to it.
 STAGES = [(1, 2, 0, 6), (2, 2, 0, 8), (3, 3, 0, 10), (4, 4, 1, 12), (6, 4, 2, 12), (9, 4, 2, 14), (12, 4, 2, 16)]
-TOKENS_PER_STEP = 3072
+TOKENS_PER_STEP = 4096
 LENGTH_STEP = 128
-PEAK_RATE = 1.5e-3
+PEAK_RATE = 1.4e-3
 
 
 def train_tokenizer(rng: random.Random, vocab_size: int) -> PreTrainedTokenizerFast:
