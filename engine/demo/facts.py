@@ -23,7 +23,6 @@ _COLOURS = (
     "amber azure black blue bronze brown coral crimson cyan gold green grey indigo ivory jade lilac "
     "maroon olive orange pink purple red silver teal violet white yellow"
 ).split()
-_MONTHS = "January February March April May June July August September October November December".split()
 _KINDS = "harbor tower library bridge garden station museum mill".split()
 _FILLERS = [
     "Visitors arrive by the north road.",
@@ -89,7 +88,7 @@ def _random_value(rng: random.Random, attribute: str, held_out: bool) -> str:
         case "colour":
             return rng.choice(_COLOURS)
         case "date":
-            return f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(1500, 2025)}"
+            return f"{rng.randint(1500, 2025)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
         case "weight":
             return f"{rng.randint(10, 999)} kg"
         case _:
