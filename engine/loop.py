@@ -41,6 +41,7 @@ class EngineLoop:
         self.scheduler = Scheduler(self.store, max_step_tokens=max_step_tokens, max_running=max_running)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
+        self._stopped = False
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="stemcache-engine", daemon=True)
         self._thread.start()
@@ -51,6 +52,8 @@ class EngineLoop:
         """Queue a request; its deltas go to its stream. Raises EngineClosedError."""
         self.require_alive()
         self._inbox.put(lambda: self._accept(request))
+        if self._stopped:  # it ended in between and may have read its inbox for the last time
+            request.stream.end(EngineClosedError("the engine is closed"))
 
     def cancel(self, request: Request) -> None:
         """Stop a request after the running step."""
@@ -98,6 +101,7 @@ class EngineLoop:
         except BaseException as error:  # a bug of ours: say so to everybody who waits, instead of letting them hang
             log.exception("the engine's thread died")
             self._death = error
+        self._stopped = True
         cause = self._death or EngineClosedError("the engine was closed before the request was finished")
         while not self._inbox.empty():  # requests posted since, and callers that wait for an answer
             self._inbox.get()()

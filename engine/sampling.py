@@ -24,8 +24,7 @@ class SamplingParams:
     max_tokens: tokens to generate at most; None for as many as the model and the pool can hold.
     temperature: 0 is greedy; otherwise logits are divided by it.
     top_p, top_k, min_p: keep the smallest set of mass `top_p`, the `top_k` likeliest (0: all), those at least `min_p`
-    times
-        as likely as the likeliest (arXiv 2407.01082).
+        times as likely as the likeliest (arXiv 2407.01082).
     repetition_penalty: divides positive and multiplies negative logits of every token seen in prompt or output
         (CTRL, arXiv 1909.05858).
     presence_penalty, frequency_penalty: subtracted once, and once per occurrence, for tokens of the output (OpenAI).
