@@ -43,8 +43,8 @@ equivalence: $(READY)  ## compare with transformers' generate, 200 workloads of 
 bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
 	@for name in attention tree ttft decode answers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-train: $(READY)  ## train the demo model anew (75 minutes on two cores)
-	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 75
+train: $(READY)  ## train the demo model anew (two hours on two cores)
+	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 120
 
 clean:  ## remove the virtual environment and all caches
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

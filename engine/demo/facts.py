@@ -98,7 +98,7 @@ def _random_value(rng: random.Random, attribute: str, held_out: bool) -> str:
 ATTRIBUTES = ("code", "colour", "date", "weight", "keeper", "founder")
 
 
-def random_document(rng: random.Random, *, facts: int = 4, fillers: int = 2, held_out: bool = True) -> FactDocument:
+def random_document(rng: random.Random, *, facts: int = 2, fillers: int = 2, held_out: bool = True) -> FactDocument:
     """One document of `facts` facts (at most `len(ATTRIBUTES)`) between `fillers` sentences without any."""
     entity = random_name(rng, held_out=held_out)
     attributes = rng.sample(ATTRIBUTES, facts)
@@ -110,7 +110,7 @@ def random_document(rng: random.Random, *, facts: int = 4, fillers: int = 2, hel
 
 
 def random_corpus(
-    rng: random.Random, documents: int, *, facts: int = 4, fillers: int = 2, held_out: bool = True
+    rng: random.Random, documents: int, *, facts: int = 2, fillers: int = 2, held_out: bool = True
 ) -> list[FactDocument]:
     """`documents` documents about different entities, whose names no training has seen unless `held_out` is off."""
     corpus: dict[str, FactDocument] = {}
