@@ -26,6 +26,7 @@ from stemcache.engine import attention
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.errors import ContextLengthError, InvalidRequestError, ModelLoadError
 from stemcache.engine.families import require_served
+from stemcache.engine.activity import Activity
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.outputs import Completion, Delta
 from stemcache.engine.prompts import Prompts
@@ -143,26 +144,41 @@ class Engine:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams | None = None, *, tenant: bytes = b"") -> Stream:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        tenant: bytes = b"",
+        cache_salt: bytes = b"",
+        priority: int = 0,
+    ) -> Stream:
         """Queue a prompt of token ids and return the stream of its deltas.
 
-        tenant: requests of different tenants never share chunks.
+        tenant: requests of different tenants never share chunks, and tenants that wait take turns.
+        cache_salt: nor do a tenant's requests with different salts.
+        priority: which of a tenant's waiting requests goes first, the smallest.
         Raises InvalidRequestError, ContextLengthError, EngineClosedError.
         """
         params = params or SamplingParams()
         self._loop.require_alive()
         self._check_tokens(prompt, params)
         room = self._check_length(len(prompt), params)
-        namespace = Namespace.of(
+        stream = Stream(len(prompt), lambda: self._loop.cancel(request))
+        namespace = self.namespace(tenant, cache_salt)
+        request = Request(list(prompt), params, namespace, room, stream, tenant, priority)
+        self._loop.submit(request)
+        return stream
+
+    def namespace(self, tenant: bytes = b"", cache_salt: bytes = b"") -> Namespace:
+        """Where a tenant's chunks are, for one of its salts."""
+        return Namespace.of(
             model=self._fingerprint,
             dtype=self._runner.layout.dtype,
             chunk_tokens=self._runner.layout.chunk_tokens,
             tenant=tenant,
+            salt=cache_salt,
         )
-        stream = Stream(len(prompt), lambda: self._loop.cancel(request))
-        request = Request(list(prompt), params, namespace, room, stream)
-        self._loop.submit(request)
-        return stream
 
     def generate(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None
@@ -234,6 +250,11 @@ class Engine:
         return self._loop.call(
             lambda: EngineStats(len(scheduler.running), len(scheduler.waiting), scheduler.preemptions, store.stats())
         )
+
+    def activity(self) -> Activity:
+        """What the engine does at this moment, without waiting for its running step. Raises EngineClosedError."""
+        self._loop.require_alive()
+        return Activity.of(self._loop.scheduler, self._loop.store, self._loop.generated_tokens)
 
     def check(self) -> None:
         """Prove that no slot, lease or chunk is lost. Raises InvariantError."""

@@ -39,6 +39,7 @@ class EngineLoop:
         pool = runner.pool
         self.store = PrefixStore(pool.n_chunks, runner.layout.chunk_tokens, pool.copy_tokens)
         self.scheduler = Scheduler(self.store, max_step_tokens=max_step_tokens, max_running=max_running)
+        self.generated_tokens = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
         self._stopped = False
@@ -189,6 +190,7 @@ class EngineLoop:
         request = sequence.request
         sequence.tokens.append(chosen.token_id)
         request.completion_tokens += 1
+        self.generated_tokens += 1
         reason, text = self._judge(sequence, chosen.token_id)
         sequence.finish_reason = reason
         logprobs = () if chosen.logprob is None else (chosen.logprob,)

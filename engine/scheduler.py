@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stemcache.engine.sequence import Request, Sequence
+from stemcache.engine.waiting import WaitingQueue
 from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.store import PrefixStore
 
@@ -42,17 +43,21 @@ class Scheduler:
         self._store = store
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
-        self.waiting: list[Sequence] = []
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.prompt_tokens = 0  # of the requests that started, and how many of them were cached
+        self.cached_tokens = 0
 
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence in the order of its request's arrival."""
-        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+        """Queue a sequence."""
+        if self.is_idle:
+            self.waiting.forget()
+        self.waiting.add(sequence)
 
     def schedule(self) -> list[Scheduled]:
         """The next step. Empty only when there is nothing to do."""
@@ -67,6 +72,8 @@ class Scheduler:
             if self._make_room(sequence, sequence.computed + count, step):
                 step[sequence] = Scheduled(sequence, sequence.computed, sequence.computed + count)
                 budget -= 0 if count == 1 else count
+        for entry in step.values():
+            self.waiting.charge(entry.sequence.request.tenant, entry.stop - entry.start)
         self._admit(step, budget)
         return list(step.values())
 
@@ -86,8 +93,8 @@ class Scheduler:
                 return True
 
     def _admit(self, step: dict[Sequence, Scheduled], budget: int) -> None:
-        """Start waiting sequences in order, as far as budget and slots reach."""
-        for sequence in list(self.waiting):
+        """Start waiting sequences in turn, as far as budget and slots reach."""
+        for sequence in self.waiting.in_turn():
             if budget <= 0 or len(self.running) >= self._max_running:
                 return
             # The last token is always computed: its logits are what the request wants.
@@ -98,6 +105,7 @@ class Scheduler:
                 return
             count = _piece(sequence, budget)
             step[sequence] = Scheduled(sequence, sequence.computed, sequence.computed + count)
+            self.waiting.charge(sequence.request.tenant, count)
             budget -= count
 
     def _start(self, sequence: Sequence) -> bool:
@@ -113,7 +121,10 @@ class Scheduler:
         request = sequence.request
         if request.cached_tokens is None:
             request.cached_tokens = lease.cached_tokens
-        self.waiting.remove(sequence)
+            request.stream.timing.start()
+            self.prompt_tokens += len(request.prompt)
+            self.cached_tokens += lease.cached_tokens
+        self.waiting.start(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
         return True
 
@@ -140,9 +151,10 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or cancelled sequence; its full chunks stay cached."""
-        for queue in (self.running, self.waiting):
-            if sequence in queue:
-                queue.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
         sequence.drop_lease()
 
     def requests(self, match: Callable[[Request], bool] = lambda _: True) -> list[Request]:

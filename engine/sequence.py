@@ -22,13 +22,18 @@ _arrivals = itertools.count()
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One prompt with its parameters, and where its deltas go. `max_tokens` is what is left of the context at most."""
+    """One prompt with its parameters, and where its deltas go. `max_tokens` is what is left of the context at most.
+
+    `tenant` is whom its tokens are charged to, and `priority` its rank within that tenant, the smallest first.
+    """
 
     prompt: list[int]
     params: SamplingParams
     namespace: Namespace
     max_tokens: int
     stream: Stream
+    tenant: bytes = b""
+    priority: int = 0
     arrival: int = field(default_factory=lambda: next(_arrivals))
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None

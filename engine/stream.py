@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 
 from stemcache.engine.outputs import Delta, Usage
+from stemcache.engine.timing import Timing
 
 
 class Stream:
@@ -26,6 +27,7 @@ class Stream:
         self._ended = False
         self._error: BaseException | None = None
         self._usage = Usage(prompt_tokens, 0, 0)
+        self.timing = Timing()
 
     @property
     def usage(self) -> Usage:
@@ -44,12 +46,14 @@ class Stream:
         with self._changed:
             self._usage = usage
             if delta is not None:
+                self.timing.token()
                 self._deltas.append(delta)
             self._notify()
 
     def end(self, error: BaseException | None = None) -> None:
         """No further delta will come; `error` is raised to the reader after those that did."""
         with self._changed:
+            self.timing.end()
             self._ended, self._error = True, error
             self._notify()
 

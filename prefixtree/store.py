@@ -21,7 +21,7 @@ from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.tokens import encode_tokens
 from stemcache.prefixtree.tree import Match
 
-__all__ = ["Lease", "PrefixStore", "StoreStats"]
+__all__ = ["Lease", "Occupancy", "PrefixStore", "StoreStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,17 @@ class StoreStats:
     copied_tokens: int
     evicted_chunks: int
     deduplicated_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What the pool's chunks are used for. free + cached + private = total."""
+
+    total_chunks: int
+    free_chunks: int
+    cached_chunks: int
+    private_chunks: int
+    evicted_chunks: int
 
 
 class PrefixStore:
@@ -118,6 +129,20 @@ class PrefixStore:
             copied_tokens=ledger.counters.copied_tokens,
             evicted_chunks=ledger.counters.evicted_chunks,
             deduplicated_chunks=ledger.counters.deduplicated_chunks,
+        )
+
+    def occupancy(self) -> Occupancy:
+        """Return a part of the snapshot. O(1), and the one method that other threads may call.
+
+        They may see one number from before and the next from after a change.
+        """
+        ledger = self._ledger
+        return Occupancy(
+            total_chunks=ledger.slots.n_slots,
+            free_chunks=ledger.slots.n_free,
+            cached_chunks=len(ledger.tree),
+            private_chunks=len(ledger.private),
+            evicted_chunks=ledger.counters.evicted_chunks,
         )
 
     def check(self) -> None:
