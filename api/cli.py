@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from stemcache._version import __version__
 from stemcache.api.sizes import parse_size
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
 
+    _add_server_options(serve)
+
     generate = commands.add_parser("generate", help="complete a prompt; text to stdout, usage to stderr")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to complete; - reads it from standard input")
     _add_model_options(generate)
@@ -68,6 +71,27 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("demo", help="ask the demo model questions over HTTP and show what the cache saves")
     return parser
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="file with 'name key' in each line; without it everybody is let in (default: $STEMCACHE_API_KEYS_FILE)",
+    )
+    parser.add_argument("--max-body", type=_size, default="16MiB", help="size of a request (default: %(default)s)")
+    parser.add_argument(
+        "--max-queue", type=_positive, default=512, help="waiting requests of one key (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--request-timeout",
+        type=_positive,
+        default=600,
+        metavar="SECONDS",
+        help="time for one request, after which it ends with an error (default: %(default)s)",
+    )
+    parser.add_argument("--log-prompts", action="store_true", help="write the text of prompts into the log")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +122,12 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"not a whole number above 0: {text!r}")
+    return int(text)
 
 
 def _port(text: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from stemcache.engine.errors import EngineClosedError, InvalidRequestError
+from stemcache.prefixtree.errors import StemcacheError
 
 # nginx's status for a client that went away. Nobody reads it; it tells the access log apart from an answer.
 CLIENT_CLOSED_REQUEST = 499
@@ -30,6 +31,18 @@ class ModelNotFoundError(InvalidRequestError):
         super().__init__(
             f"The model '{asked}' does not exist; this server has '{served}'.", param="model", code="model_not_found"
         )
+
+
+class ApiError(StemcacheError):
+    """What the HTTP layer itself refuses, with the status and headers to say so. Subclasses fill in the fields."""
+
+    status: ClassVar[int]
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str]
+
+    def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.headers = headers
 
 
 _ROUTING: Final = {404: "There is no such route.", 405: "This route does not take this method."}
@@ -55,6 +68,8 @@ class ErrorReply:
 def describe(error: Exception) -> ErrorReply:
     """The reply for any error that a request can end with."""
     match error:
+        case ApiError():
+            return ErrorReply(error.status, str(error), type=error.type, code=error.code)
         case InvalidRequestError():
             status = 404 if isinstance(error, ModelNotFoundError) else 400
             return ErrorReply(status, str(error), param=error.param, code=error.code)
@@ -97,14 +112,17 @@ def _param_name(location: Sequence[str | int]) -> str | None:
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of `app` in OpenAI's form."""
-    for kind in (InvalidRequestError, EngineClosedError, RequestValidationError, HTTPException):
+    for kind in (ApiError, InvalidRequestError, EngineClosedError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _reply)
     app.add_exception_handler(ClientDisconnect, _nobody_listens)
-    # Starlette raises what this one handled once more, so that the server logs the traceback.
-    app.add_exception_handler(Exception, _reply)
 
 
 async def _reply(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+def error_response(error: Exception) -> Response:
+    """The answer that says what `describe` does."""
     reply = describe(error)
     return JSONResponse(reply.body, reply.status, headers=getattr(error, "headers", None))
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from stemcache.engine.outputs import Delta, FinishReason, TokenLogprob, Usage
 
 if TYPE_CHECKING:
-    from stemcache.engine.engine import Engine
+    from stemcache.api.admission import Admitted
+    from stemcache.api.watched_stream import WatchedStream
     from stemcache.engine.sampling import SamplingParams
-    from stemcache.engine.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +50,18 @@ class Choice:
 class Generation:
     """Several streams, read as one. Made by `submit`."""
 
-    def __init__(self, streams: Sequence[Stream], n: int) -> None:
+    def __init__(self, streams: Sequence[WatchedStream], n: int) -> None:
         self._streams = streams
         self._n = n
         self._pumps: list[asyncio.Task[None]] = []
 
     @classmethod
-    def submit(cls, engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Generation:
+    def submit(cls, admitted: Admitted, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Generation:
         """Submit all prompts, or none. Raises InvalidRequestError, EngineClosedError."""
-        streams: list[Stream] = []
+        streams: list[WatchedStream] = []
         try:
             for prompt in prompts:
-                streams.append(engine.submit(list(prompt), params))
+                streams.append(admitted.submit(list(prompt), params))
         except BaseException:
             for stream in streams:
                 stream.cancel()
@@ -115,7 +115,7 @@ class Generation:
         return choices
 
     async def _pump(
-        self, stream: Stream, first_choice: int, arrived: asyncio.Queue[IndexedDelta | Exception | None]
+        self, stream: WatchedStream, first_choice: int, arrived: asyncio.Queue[IndexedDelta | Exception | None]
     ) -> None:
         """Forward one stream's deltas, then None; or the error that ended it."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from stemcache.engine.engine import Engine
+
+
+_log = logging.getLogger(__name__)
 
 
 def load_engine(options: argparse.Namespace) -> Engine:
@@ -32,5 +36,5 @@ def load_engine(options: argparse.Namespace) -> Engine:
             pool_bytes=options.pool_bytes,
             chunk_tokens=options.chunk_tokens,
         )
-    console.print(f"loaded {engine.model_name} in {time.monotonic() - start:.1f} s")
+    _log.info("loaded %s in %.1f s", engine.model_name, time.monotonic() - start)
     return engine

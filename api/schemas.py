@@ -67,6 +67,9 @@ class SamplingRequest(RequestModel):
     """What both routes share."""
 
     model: str | None = Field(default=None, description="The served model's id; may be left out, there is only one.")
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=1024)] | None = Field(
+        default=None, description="Requests with different salts never find each other's chunks."
+    )
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
@@ -74,6 +77,7 @@ class SamplingRequest(RequestModel):
     min_p: float | None = None
     n: int | None = None
     presence_penalty: float | None = None
+    priority: int | None = Field(default=None, description="Of your waiting requests the smallest goes first.")
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None)] = None
@@ -145,7 +149,6 @@ class CompletionRequest(SamplingRequest):
         "store": (False,),
         "suffix": ("",),
         "min_tokens": (0,),
-        "priority": (0,),
         "add_special_tokens": (True,),
         "skip_special_tokens": (True,),
         "response_format": ({"type": "text"},),
@@ -219,7 +222,6 @@ class ChatRequest(SamplingRequest):
         "function_call": ("none",),
         "min_tokens": (0,),
         "modalities": (["text"],),
-        "priority": (0,),
         "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "skip_special_tokens": (True,),

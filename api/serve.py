@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import ipaddress
+import logging
 import signal
 import socket
 import sys
@@ -13,27 +15,62 @@ from typing import NoReturn
 
 import uvicorn
 
+from stemcache.api import logs
+from stemcache.api.drain import Drain
+from stemcache.api.draining_server import DrainingServer
+from stemcache.api.keys import Keyring
+from stemcache.api.limits import Limits
 from stemcache.api.loading import load_engine
 from stemcache.api.server import create_app
+from stemcache.api.settings import Settings
+from stemcache.api.tracing import exported_spans
+
+_log = logging.getLogger(__name__)
 
 # Ctrl-C lets running requests finish, this long; a second Ctrl-C ends them at once.
 _GRACE_SECONDS = 30
+# What is left then is cancelled.
+_CANCEL_SECONDS = 1
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM. Raises StemcacheError for a bad model, OSError for a port that cannot be had."""
+    """Serve until SIGINT or SIGTERM.
+
+    Raises StemcacheError for a bad model or file of keys, OSError for a file or a port that cannot be had.
+    """
     signal.signal(signal.SIGTERM, _exit)
+    logs.configure()
+    settings = Settings.read()
+    keyring = _keyring(options, settings)
     # Bound before the model is loaded, so that a taken port is known at once; not listening before it is, so that
     # a client is refused rather than kept waiting.
     with _bind(options.host, options.port) as listener, load_engine(options) as engine:
         host, port = listener.getsockname()[:2]
-        print(
-            f"serving {engine.model_name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", file=sys.stderr
+        if keyring is None and not ipaddress.ip_address(host).is_loopback:
+            _log.warning("listening on %s without API keys: whoever can reach it can use it; see --api-keys", host)
+        _log.info("serving %s at http://%s:%d/v1", engine.model_name, f"[{host}]" if ":" in host else host, port)
+        drain = Drain()
+        app = create_app(
+            engine,
+            keyring=keyring,
+            secret=settings.secret,
+            limits=Limits(body_bytes=options.max_body, queue=options.max_queue, seconds=options.request_timeout),
+            drain=drain,
+            spans=exported_spans(engine.model_name) if settings.traces_endpoint else None,
+            log_prompts=options.log_prompts,
         )
-        config = uvicorn.Config(create_app(engine), timeout_graceful_shutdown=_GRACE_SECONDS)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_CANCEL_SECONDS)
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal once more after its shutdown: the normal end
-            uvicorn.Server(config).run(sockets=[listener])
+            DrainingServer(config, drain, grace_seconds=_GRACE_SECONDS).run(sockets=[listener])
     return 0
+
+
+def _keyring(options: argparse.Namespace, settings: Settings) -> Keyring | None:
+    """The keys that are let in; None where none were given. Raises KeyFileError, OSError."""
+    path = options.api_keys or settings.api_keys_file
+    if path is not None:
+        return Keyring.load(path, settings.secret)
+    return Keyring({settings.api_key: "default"}, settings.secret) if settings.api_key else None
 
 
 def _bind(host: str, port: int) -> socket.socket:

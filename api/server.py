@@ -7,21 +7,30 @@ its client, the engine lives on and the request's slots are freed.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from stemcache._version import __version__
+from stemcache.api.access import AccessMiddleware
+from stemcache.api.admission import Admission
+from stemcache.api.auth import AuthMiddleware
 from stemcache.api.disconnect import until_disconnect
+from stemcache.api.drain import Drain, DrainMiddleware
 from stemcache.api.errors import ModelNotFoundError, add_error_handlers
 from stemcache.api.formats import ChatFormat, CompletionFormat, Format
 from stemcache.api.generation import Generation
+from stemcache.api.keys import Keyring, Tenant
+from stemcache.api.limits import BodyLimitMiddleware, Limits
+from stemcache.api.metrics import Metrics
 from stemcache.api.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from stemcache.api.sse import EventStream
 from stemcache.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from stemcache.api.tracing import Spans
     from stemcache.engine.engine import Engine
     from stemcache.engine.sampling import SamplingParams
 
@@ -29,24 +38,46 @@ if TYPE_CHECKING:
 _LONG_TEXT = 8192
 
 
-def create_app(engine: Engine) -> FastAPI:
-    """The application that serves `engine`. Whoever made the engine closes it."""
-    endpoint = Endpoint(engine)
+def create_app(
+    engine: Engine,
+    *,
+    keyring: Keyring | None = None,
+    secret: bytes | None = None,
+    limits: Limits | None = None,
+    drain: Drain | None = None,
+    spans: Spans | None = None,
+    log_prompts: bool = False,
+) -> FastAPI:
+    """The application that serves `engine`. Whoever made the engine closes it.
+
+    keyring: whose API keys are let in; None for everybody, as one tenant.
+    secret: what that one tenant's id is derived with; random by default. A keyring has its own.
+    drain: to be begun when the server is to end. spans: where to tell traces.
+    """
+    metrics, limits = Metrics(engine), limits or Limits()
+    endpoint = Endpoint(engine, Admission(engine, metrics, limits, log_prompts=log_prompts))
     app = FastAPI(title="stemcache", version=__version__)
+    # From the inside out: a body is read only for who may send one.
+    app.add_middleware(BodyLimitMiddleware, limits=limits)
+    app.add_middleware(DrainMiddleware, drain=drain or Drain())
+    app.add_middleware(AuthMiddleware, keyring=keyring, anonymous=Tenant.of("", secret or secrets.token_bytes(32)))
+    app.add_middleware(AccessMiddleware, metrics=metrics, spans=spans)
     add_error_handlers(app)
     app.post("/v1/completions")(endpoint.complete)
     app.post("/v1/chat/completions")(endpoint.chat)
     app.get("/v1/models")(endpoint.models)
     app.get("/v1/models/{name:path}")(endpoint.model)
     app.get("/health")(endpoint.health)
+    app.add_route("/metrics", metrics.serve)
     return app
 
 
 class Endpoint:
     """The routes. Each one is a translation: its fields to an engine's call, the engine's deltas to its format."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, admission: Admission) -> None:
         self._engine = engine
+        self._admission = admission
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """OpenAI's text completions."""
@@ -78,9 +109,10 @@ class Endpoint:
         return self._model_card()
 
     async def health(self) -> dict[str, Any]:
-        """Whether the engine can answer; 503 when it cannot."""
-        stats = await asyncio.to_thread(self._engine.stats)  # it waits for the engine's running step
-        return {"status": "ok", "running": stats.running, "waiting": stats.waiting}
+        """Whether the engine can answer; 503 when it cannot. Does not wait for its running step."""
+        self._engine.require_alive()
+        now = self._engine.activity()
+        return {"status": "ok", "running": now.running, "waiting": now.waiting}
 
     async def _answer(
         self,
@@ -90,7 +122,7 @@ class Endpoint:
         shape: Format,
         request: Request,
     ) -> Response:
-        generation = Generation.submit(self._engine, prompts, params)
+        generation = Generation.submit(self._admission.admit(body, len(prompts)), prompts, params)
         if body.stream:
             return EventStream(generation, shape.chunks(generation, include_usage=body.include_usage))
         async with generation:

@@ -64,6 +64,8 @@ class EventStream(Response):
             async for chunk in self._chunks:
                 yield event(chunk)
         except Exception as error:  # the status line is sent: what is left is to say it inside the stream
-            _log.exception("a stream ended with an error")
-            yield event(describe(error).body)
+            reply = describe(error)
+            # What has a name was foreseen, and the answer says all of it.
+            _log.warning("a stream ended with an error: %s", reply.message, exc_info=reply.code is None)
+            yield event(reply.body)
         yield DONE

@@ -23,10 +23,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stemcache.engine import attention
+from stemcache.engine.activity import Activity
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.errors import ContextLengthError, InvalidRequestError, ModelLoadError
 from stemcache.engine.families import require_served
-from stemcache.engine.activity import Activity
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.outputs import Completion, Delta
 from stemcache.engine.prompts import Prompts
@@ -252,9 +252,12 @@ class Engine:
         )
 
     def activity(self) -> Activity:
-        """What the engine does at this moment, without waiting for its running step. Raises EngineClosedError."""
-        self._loop.require_alive()
+        """What the engine does at this moment, without waiting for its running step; also when it is closed."""
         return Activity.of(self._loop.scheduler, self._loop.store, self._loop.generated_tokens)
+
+    def require_alive(self) -> None:
+        """Raise EngineClosedError unless the engine can take requests. Does not wait."""
+        self._loop.require_alive()
 
     def check(self) -> None:
         """Prove that no slot, lease or chunk is lost. Raises InvariantError."""

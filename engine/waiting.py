@@ -66,7 +66,7 @@ class WaitingQueue:
 
     def forget(self) -> None:
         """Let all tenants start anew. For an engine with nothing to do, which owes nobody anything."""
-        self._served, self._floor = {tenant: 0 for tenant in self._queues}, 0
+        self._served, self._floor = dict.fromkeys(self._queues, 0), 0
 
     def in_turn(self) -> Iterator[Sequence]:
         """Each waiting sequence once. A charge between two of them changes who is next."""

@@ -51,6 +51,7 @@ class StoreStats:
 class Occupancy:
     """What the pool's chunks are used for. free + cached + private = total."""
 
+    chunk_tokens: int
     total_chunks: int
     free_chunks: int
     cached_chunks: int
@@ -138,6 +139,7 @@ class PrefixStore:
         """
         ledger = self._ledger
         return Occupancy(
+            chunk_tokens=ledger.tree.chunk_tokens,
             total_chunks=ledger.slots.n_slots,
             free_chunks=ledger.slots.n_free,
             cached_chunks=len(ledger.tree),

@@ -1,0 +1,43 @@
+"""What the server takes from its environment. Nothing else reads it.
+
+Secrets come this way or from files, never from the command line, which every user of the machine can read.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The environment's part of the configuration.
+
+    api_keys_file: STEMCACHE_API_KEYS_FILE, the file that `--api-keys` names.
+    api_key: STEMCACHE_API_KEY, a single key for a server of one tenant.
+    secret: STEMCACHE_SECRET, or the contents of the file STEMCACHE_SECRET_FILE; random where neither is given, and then
+        no other process finds this one's chunks.
+    traces_endpoint: OTEL_EXPORTER_OTLP_ENDPOINT.
+    """
+
+    api_keys_file: Path | None
+    api_key: str | None
+    secret: bytes
+    traces_endpoint: str | None
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Raises OSError when the secret's file cannot be read."""
+        keys_file, secret_file = environ.get("STEMCACHE_API_KEYS_FILE"), environ.get("STEMCACHE_SECRET_FILE")
+        secret = environ.get("STEMCACHE_SECRET", "").encode()
+        if not secret and secret_file:
+            secret = Path(secret_file).read_bytes().strip()
+        return cls(
+            api_keys_file=Path(keys_file) if keys_file else None,
+            api_key=environ.get("STEMCACHE_API_KEY") or None,
+            secret=secret or secrets.token_bytes(32),
+            traces_endpoint=environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
+        )
