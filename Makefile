@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format equivalence bench train clean
+.PHONY: help demo test check format equivalence soak bench train clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -39,6 +39,9 @@ format: $(READY)  ## put the code into its form
 
 equivalence: $(READY)  ## compare with transformers' generate, 200 workloads of each family (about 20 minutes)
 	@$(BIN)/python benchmarks/equivalence.py --workloads 200
+
+soak: $(READY)  ## 1,000 requests, a third of which go away midway, against a real server
+	@$(BIN)/python benchmarks/soak.py
 
 bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
 	@for name in attention tree ttft decode answers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
