@@ -54,7 +54,7 @@ def serve(options: argparse.Namespace) -> int:
             engine,
             keyring=keyring,
             secret=settings.secret,
-            limits=Limits(body_bytes=options.max_body, queue=options.max_queue, seconds=options.request_timeout),
+            limits=limits_from(options),
             drain=drain,
             spans=exported_spans(engine.model_name) if settings.traces_endpoint else None,
             log_prompts=options.log_prompts,
@@ -63,6 +63,11 @@ def serve(options: argparse.Namespace) -> int:
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal once more after its shutdown: the normal end
             DrainingServer(config, drain, grace_seconds=_GRACE_SECONDS).run(sockets=[listener])
     return 0
+
+
+def limits_from(options: argparse.Namespace) -> Limits:
+    """The limits that the command line asks for."""
+    return Limits(body_bytes=options.max_body, queue=options.max_queue, seconds=options.request_timeout)
 
 
 def _keyring(options: argparse.Namespace, settings: Settings) -> Keyring | None:

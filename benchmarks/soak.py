@@ -1,9 +1,9 @@
-"""A soak: requests of which a third go away midway, against a real server; then the store must be sound and memory flat.
+"""A soak: requests of which a third go away midway, against a real server; then the store must be sound.
 
     python benchmarks/soak.py [--requests 1000] [--pairs 60]
 
-Prints the figures and ends with 1 if the store is not sound, or something is still held. Memory and the tenants' times to
-first token are printed for people to judge: machines differ.
+Prints the figures and ends with 1 if the store is not sound, or something is still held. Memory and the tenants' times
+to first token are printed for people to judge: machines differ.
 """
 
 from __future__ import annotations
@@ -178,10 +178,8 @@ def _soak_and_print(url: str, server: psutil.Process, options: argparse.Namespac
     print(f"{options.requests} requests in {time.monotonic() - start:.0f} s: {dict(result.outcomes)}")
     sizes = [size / 2**20 for size in result.resident_bytes]
     middle = len(sizes) // 2
-    halves = statistics.mean(sizes[:middle]), statistics.mean(sizes[middle:])
-    print(
-        f"memory: {sizes[0]:.1f} MiB at the start, {sizes[-1]:.1f} at the end; means of the halves %.1f, %.1f" % halves
-    )
+    early, late = statistics.mean(sizes[:middle]), statistics.mean(sizes[middle:])
+    print(f"memory: {sizes[0]:.1f} MiB at first, {sizes[-1]:.1f} at last; the halves' means {early:.1f}, {late:.1f}")
     checked = httpx.get(f"{url}/check", headers={"Authorization": f"Bearer {ALICE}"}, trust_env=False, timeout=60)
     print(f"check(): {'sound' if checked.is_success else checked.text}; {checked.json()}")
     cached, unknown = asyncio.run(first_token_times(url, options.pairs))

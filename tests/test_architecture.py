@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,16 @@ def test_the_trees_bookkeeping_is_free_of_torch(name: str) -> None:
 def test_kernels_is_no_package_of_its_own() -> None:
     """With an `__init__.py` it would be taken for Hugging Face's library of that name, which transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_http_enters_the_engine_by_admission_only() -> None:
+    """Which is where a request gets its tenant; `generate` and the demo have no tenants."""
+    submitting = {
+        path.name
+        for path in (ROOT / "api").rglob("*.py")
+        if re.search(r"engine\.(submit|generate)\(", path.read_text()) is not None
+    }
+    assert submitting == {"admission.py", "generate.py"}
 
 
 def test_only_settings_read_the_environment() -> None:

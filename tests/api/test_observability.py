@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -58,26 +58,18 @@ def app(engine: Engine) -> FastAPI:
 
 
 @pytest.fixture
-def lines() -> Iterator[list[dict[str, Any]]]:
-    """The log as the server writes it."""
-    stream, read = io.StringIO(), []
+def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Gives the log's lines so far, as the server writes them."""
+    stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     ours = logging.getLogger("stemcache")
     before = ours.level
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-
-    class Lines(list[dict[str, Any]]):
-        def __iter__(self) -> Iterator[dict[str, Any]]:
-            return map(json.loads, stream.getvalue().splitlines())
-
-    read = Lines()
-    try:
-        yield read
-    finally:
-        ours.removeHandler(handler)
-        ours.setLevel(before)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    ours.removeHandler(handler)
+    ours.setLevel(before)
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------
@@ -164,12 +156,12 @@ def test_an_id_that_could_do_harm_is_replaced(app: FastAPI, bad: str) -> None:
     assert call(app, "GET", "/health", headers={ID: given}).headers[ID] != bad
 
 
-def test_one_line_a_request(app: FastAPI, lines: list[dict[str, Any]]) -> None:
+def test_one_line_a_request(app: FastAPI, lines: Callable[[], list[dict[str, Any]]]) -> None:
     complete(app, [7] * 70, headers={ID: "first"})
     complete(app, [7] * 70, stream=True, headers={ID: "second"})
     call(app, "GET", "/v1/models", headers={"Authorization": "Bearer nothing", ID: "third"})
     call(app, "GET", "/health")
-    first, second, third = lines
+    first, second, third = lines()
     assert first.pop("time").endswith("Z")
     assert first.pop("seconds") > 0
     assert first == {
@@ -191,7 +183,7 @@ def test_one_line_a_request(app: FastAPI, lines: list[dict[str, Any]]) -> None:
     assert "tenant" not in third
 
 
-def test_a_failure_is_logged_under_its_id(app: FastAPI, lines: list[dict[str, Any]]) -> None:
+def test_a_failure_is_logged_under_its_id(app: FastAPI, lines: Callable[[], list[dict[str, Any]]]) -> None:
     @app.get("/broken")
     async def broken() -> None:
         raise RuntimeError("on purpose")
@@ -199,13 +191,13 @@ def test_a_failure_is_logged_under_its_id(app: FastAPI, lines: list[dict[str, An
     answer = call(app, "GET", "/broken", headers={ID: "it"})
     assert "on purpose" not in answer.text
     assert answer.json()["error"]["type"] == "server_error"
-    failure, access = lines
+    failure, access = lines()
     assert failure["request_id"] == access["request_id"] == "it"
     assert "RuntimeError: on purpose" in failure["exception"]
     assert (access["status"], access["outcome"]) == (500, "failed")
 
 
-def test_prompts_are_not_logged_unless_asked_for(engine: Engine, lines: list[dict[str, Any]]) -> None:
+def test_prompts_are_not_logged_unless_asked_for(engine: Engine, lines: Callable[[], list[dict[str, Any]]]) -> None:
     word = "Zanzibar"
     for log_prompts in (False, True):
         app = create_app(engine, log_prompts=log_prompts)
@@ -218,10 +210,10 @@ def test_prompts_are_not_logged_unless_asked_for(engine: Engine, lines: list[dic
         call(app, "POST", "/v1/chat/completions", json={"messages": [message], "max_tokens": 1, word: 1})
         call(app, "POST", "/v1/chat/completions", json={"messages": [message], "max_tokens": 1})
         call(app, "GET", f"/v1/models?{word}")
-        logged = [line for line in lines if word in json.dumps(line)]
+        logged = [line for line in lines() if word in json.dumps(line)]
         if not log_prompts:
             assert logged == []
-            assert len(list(lines)) == 8
+            assert len(lines()) == 8
     assert [list(line["prompt"]) for line in logged] == [["prompt"], ["prompt"], ["messages"]]
 
 

@@ -1,0 +1,83 @@
+"""The server process with all its safeguards on: keys, JSON logs, an orderly end."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stemcache.api import cli
+from stemcache.api.limits import Limits
+from stemcache.api.serve import limits_from
+from stemcache.api.server_process import ServerProcess, ServerStartError
+
+KEY = "alice-key-0123456789"
+LONG = {"prompt": "Zanzibar is", "max_tokens": 1500, "ignore_eos": True, "stream": True, "temperature": 0}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text(f"alice {KEY}\n")
+    path.chmod(0o644)  # to be warned of
+    return path
+
+
+def test_a_server_with_keys_finishes_what_runs_and_logs_no_text(keys: Path) -> None:
+    with ServerProcess("--pool-bytes", "64MiB", "--api-keys", str(keys), "--host", "0.0.0.0") as process:
+        process.wait_until_ready()
+        with httpx.Client(base_url=process.url, trust_env=False, timeout=60) as client:
+            assert client.post("/v1/completions", json=LONG).status_code == 401
+            client.headers["Authorization"] = f"Bearer {KEY}"
+            with client.stream("POST", "/v1/completions", json=LONG) as response:
+                lines = (line for line in response.iter_lines() if line)
+                received = [next(lines)]
+                process.signal(signal.SIGTERM)
+                while (late := httpx.get(f"{process.url}/health", trust_env=False)).is_success:
+                    pass  # the signal is on its way
+                received += lines
+        assert late.status_code == 503
+        assert late.json()["error"]["code"] == "shutting_down"
+        assert received[-1] == "data: [DONE]"
+        assert json.loads(received[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert process.stop() == 0
+        output = process.output(100_000)
+    assert "Zanzibar" not in output
+    assert KEY not in output
+    logged = [json.loads(line) for line in output.splitlines()]
+    assert {line["level"] for line in logged} == {"INFO", "WARNING"}
+    assert any("can be read by other users" in line["message"] for line in logged)
+    statuses = [line["status"] for line in logged if line.get("path") == "/v1/completions"]
+    assert statuses == [401, 200]
+    assert {line["status"] for line in logged if line.get("path") == "/health"} == {503}
+
+
+def test_a_server_on_all_addresses_and_with_small_limits() -> None:
+    options = ("--host", "0.0.0.0", "--max-body", "1kB", "--request-timeout", "1", "--log-prompts")
+    with ServerProcess("--pool-bytes", "64MiB", *options) as process:
+        process.wait_until_ready()
+        with httpx.Client(base_url=process.url, trust_env=False, timeout=60) as client:
+            assert client.post("/v1/completions", content=b"x" * 1001).status_code == 413
+            late = client.post("/v1/completions", json=LONG | {"stream": False, "max_tokens": 1900, "n": 16})
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+        output = process.output(100_000)
+    assert "listening on 0.0.0.0 without API keys" in output
+    assert "Zanzibar" in output
+
+
+def test_the_command_lines_limits() -> None:
+    given = ["serve", "--max-body", "2MiB", "--max-queue", "7", "--request-timeout", "30"]
+    assert limits_from(cli._parser().parse_args(given)) == Limits(body_bytes=2 << 20, queue=7, seconds=30)
+    assert limits_from(cli._parser().parse_args(["serve"])) == Limits()
+
+
+def test_a_bad_file_of_keys_is_one_sentence(keys: Path) -> None:
+    keys.write_text("alice")
+    with (
+        ServerProcess("--api-keys", str(keys)) as process,
+        pytest.raises(ServerStartError, match="line 1: write a name"),
+    ):
+        process.wait_until_ready()
