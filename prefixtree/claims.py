@@ -38,8 +38,12 @@ class Claims:
 
     def holds(self, node: Node, prompt: bytes) -> bool:
         """Return whether the full chunk that follows `node` in `prompt` is claimed."""
+        return self.holder(node, prompt) is not None
+
+    def holder(self, node: Node, prompt: bytes) -> Claim | None:
+        """Return the claim on the full chunk that follows `node` in `prompt`; None if there is none."""
         key = self._tree.next_key(node, prompt)
-        return key is not None and (node, key) in self._holders
+        return None if key is None else self._holders.get((node, key))
 
     def advance(self, claim: Claim, node: Node) -> None:
         """Move `claim` to its prompt's first full chunk at or below `node` that is not cached, if it can be had."""

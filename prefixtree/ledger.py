@@ -8,14 +8,18 @@ Invariant: every slot is exactly one of free (allocator), cached (tree) or priva
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from stemcache.prefixtree.accounts import Accounts
 from stemcache.prefixtree.claims import Claims
 from stemcache.prefixtree.errors import CapacityError, InvariantError
+from stemcache.prefixtree.evicted import EvictedChunks
 from stemcache.prefixtree.eviction import EvictionPolicy
+from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.slots import SlotAllocator
+from stemcache.prefixtree.tokens import TOKEN_BYTES
 from stemcache.prefixtree.tree import PrefixTree
 
 # A full pool is evicted a sixteenth at a time, not slot by slot, so that what is freed can be handed out in runs. In a
@@ -49,6 +53,8 @@ class Ledger:
         self.claims = Claims(self.tree)
         self.private: set[int] = set()
         self.counters = Counters()
+        self.accounts = Accounts()
+        self.evicted = EvictedChunks()
         self._copy_tokens = copy_tokens
 
     def take(self, n: int, after: int | None) -> list[int]:
@@ -71,10 +77,20 @@ class Ledger:
 
     def evict(self, n: int) -> int:
         """Free up to `n` cached chunks and return how many it were."""
-        slots = self.tree.evict(n)
-        self.slots.free(slots)
-        self.counters.evicted_chunks += len(slots)
-        return len(slots)
+        return self._free_evicted(self.tree.evict(n))
+
+    def evict_namespace(self, namespace: Namespace) -> int:
+        """Free every cached chunk of a namespace that no lease holds and return how many it were."""
+        return self._free_evicted(self.tree.evict_namespace(namespace))
+
+    def count_evicted(self, node: Node, prompt: bytes) -> int:
+        """Return how many chunks of `prompt`, counted from those that follow `node` on, were cached and evicted.
+
+        `node` is the deepest one that the prompt finds.
+        """
+        begin = node.depth * self.tree.chunk_tokens * TOKEN_BYTES
+        whole = len(prompt) - len(prompt) % (self.tree.chunk_tokens * TOKEN_BYTES)
+        return self.evicted.count_run(node.digest, self.tree.keys_of(prompt, begin, whole))
 
     def drop(self, slots: Iterable[int]) -> None:
         """Free private slots."""
@@ -111,6 +127,14 @@ class Ledger:
             raise
         self.counters.copied_tokens += n_tokens
         return slot
+
+    def _free_evicted(self, nodes: Sequence[Node]) -> int:
+        self.slots.free(node.slot for node in nodes)
+        self.counters.evicted_chunks += len(nodes)
+        for node in nodes:
+            self.evicted.remember(node.digest)
+            self.accounts.of(node.root.key).evicted_chunks += 1
+        return len(nodes)
 
     def check(self) -> None:
         """Raise InvariantError unless free, cached and private slots partition the pool, and the parts are sound."""

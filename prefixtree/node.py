@@ -5,7 +5,16 @@ Invariant: the path of keys from the root spells the exact tokens whose keys and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+
+
+def chain_digest(parent: bytes, key: bytes) -> bytes:
+    """Return the 32 bytes that name the chunk `key` after the path that `parent` names: SHA-256 of both.
+
+    Both have a fixed length within a namespace, so putting them together is unambiguous.
+    """
+    return hashlib.sha256(parent + key).digest()
 
 
 class Node:
@@ -21,9 +30,26 @@ class Node:
         leases: how many holders pin this very node (holders further down do not count here).
         priority: the eviction policy's verdict; the smallest goes first.
         ticket: identifies this node's live entry in the tree's eviction heap; 0 if it has none.
+        used: when it was inserted or last used as the end of a path, on the monotonic clock; 0 for a root.
+        root: the root of its namespace; a root's own is itself.
+        n_chunks: for a root, the cached chunks of its namespace; 0 for others.
     """
 
-    __slots__ = ("children", "depth", "key", "leases", "order", "parent", "priority", "slot", "ticket")
+    __slots__ = (
+        "_digest",
+        "children",
+        "depth",
+        "key",
+        "leases",
+        "n_chunks",
+        "order",
+        "parent",
+        "priority",
+        "root",
+        "slot",
+        "ticket",
+        "used",
+    )
 
     def __init__(self, parent: Node | None, key: bytes, slot: int) -> None:
         self.parent = parent
@@ -35,6 +61,26 @@ class Node:
         self.leases = 0
         self.priority = 0.0
         self.ticket = 0
+        self.used = 0.0
+        self.root: Node = self if parent is None else parent.root
+        self.n_chunks = 0
+        self._digest: bytes | None = key if parent is None else None
+
+    @property
+    def digest(self) -> bytes:
+        """The name of this chunk at this place: `chain_digest` from the namespace's digest down. Computed once.
+
+        Nothing on the way of a request needs it, so it is not computed when the node is made.
+        """
+        node, path = self, []
+        while node._digest is None:
+            path.append(node)
+            assert node.parent is not None
+            node = node.parent
+        digest = node._digest
+        for node in reversed(path):
+            digest = node._digest = chain_digest(digest, node.key)
+        return digest
 
     def upward(self) -> Iterator[Node]:
         """Yield this node and its ancestors, the root excluded: the chunks of the path, last one first."""

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 
 from stemcache.prefixtree.errors import CapacityError, InvariantError
 from stemcache.prefixtree.eviction import EvictionPolicy
+from stemcache.prefixtree.explain import Explanation, explain
 from stemcache.prefixtree.lease import Lease
 from stemcache.prefixtree.ledger import CopyTokens, Ledger
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
-from stemcache.prefixtree.tokens import encode_tokens
+from stemcache.prefixtree.snapshot import TreeSnapshot, take_snapshot
+from stemcache.prefixtree.tokens import TOKEN_BYTES, encode_tokens
 from stemcache.prefixtree.tree import Match
 
-__all__ = ["Lease", "Occupancy", "PrefixStore", "StoreStats"]
+__all__ = ["Lease", "NamespaceStats", "Occupancy", "PrefixStore", "StoreStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,22 @@ class Occupancy:
     evicted_chunks: int
 
 
+@dataclass(frozen=True, slots=True)
+class NamespaceStats:
+    """A snapshot of one namespace. Chunks and leases are counts at this moment, for the rest see `Account`."""
+
+    cached_chunks: int
+    private_chunks: int
+    leased_chunks: int
+    leases: int
+    acquires: int
+    hit_tokens: int
+    evicted_tokens: int
+    unfinished_tokens: int
+    new_tokens: int
+    evicted_chunks: int
+
+
 class PrefixStore:
     """Keeps `n_chunks` slots of `chunk_tokens` tokens.
 
@@ -93,7 +111,16 @@ class PrefixStore:
         self._ledger.counters.acquires += 1
         self._ledger.counters.hit_tokens += lease.cached_tokens
         self._ledger.counters.miss_tokens += len(tokens) - lease.cached_tokens
+        self._count(namespace, match.node, data, lease.cached_tokens)
         return lease
+
+    def pin(self, tokens: Sequence[int], namespace: Namespace) -> Lease:
+        """Lease the whole chunks of `tokens` that are cached, and nothing else: they stay until it is released.
+
+        Nothing is copied, and nothing counts as a hit or a miss. Raises ValueError as `acquire` does.
+        """
+        match = self._ledger.tree.match(namespace, encode_tokens(tokens))
+        return Lease(self._ledger, self._leases, match.node, [], match.full_tokens)
 
     def awaited(self, tokens: Sequence[int], namespace: Namespace) -> bool:
         """Return whether a lease is computing the next full chunk of `tokens` (`Lease.claim`). No side effects.
@@ -109,9 +136,55 @@ class PrefixStore:
         """Return how many tokens `acquire` would find cached. No side effects; recency is not touched."""
         return self._ledger.tree.match(namespace, encode_tokens(tokens)).tokens
 
-    def clear(self) -> int:
-        """Evict every chunk that no lease holds and return how many it were."""
+    def explain(self, tokens: Sequence[int], namespace: Namespace, n_last: int = 0) -> Explanation:
+        """Return what `acquire` would find for `tokens`, and why each of the others is a miss. No side effects.
+
+        Args:
+            n_last: how many tokens at the end are computed in any case, and would not be passed to `acquire`.
+
+        Raises:
+            ValueError: an id that is none, or `n_last` is negative or more than there are tokens.
+        """
+        if not 0 <= n_last <= len(tokens):
+            raise ValueError(f"n_last must be from 0 to {len(tokens)}, the number of tokens, not {n_last}")
+        return explain(self._ledger, namespace, encode_tokens(tokens), n_last)
+
+    def snapshot(
+        self, namespace: Namespace, max_chunks: int, *, max_depth: int | None = None, with_tokens: bool = False
+    ) -> TreeSnapshot:
+        """Return a picture of up to `max_chunks` chunks of a namespace, down to `max_depth` chunks from its root.
+
+        `with_tokens`: with the branches' tokens. O(max_chunks + leased chunks).
+        """
+        leased = [lease.node for lease in self._leases if lease.node.root.key == namespace.digest]
+        return take_snapshot(
+            self._ledger.tree, namespace, leased, max_chunks=max_chunks, max_depth=max_depth, with_tokens=with_tokens
+        )
+
+    def clear(self, namespace: Namespace | None = None) -> int:
+        """Evict every chunk, of one namespace or of all, that no lease holds; return how many it were."""
+        if namespace is not None:
+            return self._ledger.evict_namespace(namespace)
         return self._ledger.evict(len(self._ledger.tree))
+
+    def namespace_stats(self, namespace: Namespace) -> NamespaceStats:
+        """Return a snapshot of one namespace. O(leased chunks)."""
+        tree, account = self._ledger.tree, self._ledger.accounts.of(namespace.digest)
+        root = tree.root(namespace)
+        leases = [lease for lease in self._leases if lease.node.root is root]
+        private = sum(len(lease.slots) - lease.node.depth for lease in leases)
+        return NamespaceStats(
+            cached_chunks=root.n_chunks if root is not None else 0,
+            private_chunks=private,
+            leased_chunks=private + (tree.n_sheltered(root) if root is not None else 0),
+            leases=len(leases),
+            acquires=account.acquires,
+            hit_tokens=account.hit_tokens,
+            evicted_tokens=account.evicted_tokens,
+            unfinished_tokens=account.unfinished_tokens,
+            new_tokens=account.new_tokens,
+            evicted_chunks=account.evicted_chunks,
+        )
 
     def stats(self) -> StoreStats:
         """Return a snapshot of the counters. O(leased chunks)."""
@@ -164,6 +237,19 @@ class PrefixStore:
                 raise InvariantError(f"store: a lease at {lease.node} names other slots than its path")
             if not lease.node.depth <= lease.committed_tokens // self._ledger.tree.chunk_tokens:
                 raise InvariantError(f"store: a lease at {lease.node} committed only {lease.committed_tokens} tokens")
+
+    def _count(self, namespace: Namespace, node: Node, prompt: bytes, n_hits: int) -> None:
+        """Enter an acquired prompt into its namespace's account. `node` is the deepest whole chunk that it found."""
+        size = self._ledger.tree.chunk_tokens
+        n_tokens = len(prompt) // TOKEN_BYTES
+        n_whole = n_tokens - n_tokens % size
+        evicted_until = size * (node.depth + self._ledger.count_evicted(node, prompt))
+        account = self._ledger.accounts.of(namespace.digest)
+        account.acquires += 1
+        account.hit_tokens += n_hits
+        account.evicted_tokens += max(0, evicted_until - n_hits)
+        account.new_tokens += max(0, n_whole - max(evicted_until, n_hits))
+        account.unfinished_tokens += n_tokens - max(n_whole, n_hits)
 
     def _acquire_partial(self, match: Match, partial: Node) -> Lease:
         """Acquire with a copy of the tokens that match inside `partial`, or without it if there is no slot for them."""

@@ -31,6 +31,14 @@ def encode_tokens(tokens: Sequence[int]) -> bytes:
     return ids.tobytes()
 
 
+def decode_tokens(data: bytes) -> list[int]:
+    """Return the ids that `encode_tokens` made `data` of."""
+    ids = array("I", data)
+    if sys.byteorder == "little":
+        ids.byteswap()
+    return ids.tolist()
+
+
 def common_tokens(left: bytes, right: bytes) -> int:
     """Return how many leading tokens two encodings share.
 

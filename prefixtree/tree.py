@@ -12,10 +12,13 @@ Invariants (`check()` proves them):
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import islice
 
 from stemcache.prefixtree.errors import InvariantError
 from stemcache.prefixtree.eviction import LRU, EvictionPolicy
@@ -85,10 +88,10 @@ class PrefixTree:
         key = tokens[begin : begin + self._key_bytes]
         return key if len(key) == self._key_bytes else None
 
-    def keys_of(self, chunks: bytes) -> Iterator[bytes]:
-        """Yield the keys of the encoded `chunks`, a whole number of them."""
-        for begin in range(0, len(chunks), self._key_bytes):
-            yield chunks[begin : begin + self._key_bytes]
+    def keys_of(self, chunks: bytes, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield the keys of the encoded `chunks`, a whole number of them, from byte `begin` to byte `end`."""
+        for at in range(begin, len(chunks) if end is None else end, self._key_bytes):
+            yield chunks[at : at + self._key_bytes]
 
     def insert(self, parent: Node, key: bytes, slot: int) -> Node:
         """Add the chunk `key`, which lies in `slot`, below `parent`, and return its node, pinned once for the caller.
@@ -106,7 +109,9 @@ class PrefixTree:
         parent.children[key] = node
         insort(parent.order, key)
         self._n_nodes += 1
+        node.root.n_chunks += 1
         node.priority = self._policy.touch(node)
+        node.used = time.monotonic()
         self.pin(node)
         return node
 
@@ -130,36 +135,63 @@ class PrefixTree:
         if node.parent is None:
             return
         node.priority = self._policy.touch(node)
+        node.used = time.monotonic()
         if node.ticket:
             self._withdraw(node)
             self._settle(node)
 
-    def evict(self, n: int) -> list[int]:
-        """Remove up to `n` chunks, the lowest priority first, and return their slots: fewer if the rest is leased.
+    def evict(self, n: int) -> list[Node]:
+        """Remove up to `n` chunks, the lowest priority first, and return them: fewer if the rest is leased.
 
         O(log chunks) each. A parent inherits its child's priority if that is higher: using the child was using it.
         """
-        slots: list[int] = []
-        while len(slots) < n and self._heap:
+        evicted: list[Node] = []
+        while len(evicted) < n and self._heap:
             _, ticket, node = heappop(self._heap)
             if node.ticket == ticket:
                 self._remove(node)
-                slots.append(node.slot)
-        return slots
+                evicted.append(node)
+        return evicted
+
+    def evict_namespace(self, namespace: Namespace) -> list[Node]:
+        """Remove every chunk of one namespace that is on no pinned path, and return them. O(its chunks)."""
+        parents_first = list(self.newest_first(namespace))
+        return [node for node in reversed(parents_first) if self._remove_if_free(node)]
 
     def can_evict(self, n: int) -> bool:
         """Return whether `evict(n)` would free `n` chunks. O(1) if the leaves suffice, else O(leased chunks)."""
         return n <= self._n_offered or n <= self._n_nodes - self.n_sheltered()
 
-    def n_sheltered(self) -> int:
-        """Return how many chunks lie on a pinned path and cannot be evicted. O(their number)."""
+    def n_sheltered(self, root: Node | None = None) -> int:
+        """Return how many chunks, of `root`'s namespace or of all, lie on a pinned path. O(their number).
+
+        Those are the chunks that cannot be evicted.
+        """
         sheltered: set[Node] = set()
         for pinned in self._pinned:
+            if root is not None and pinned.root is not root:
+                continue
             for node in pinned.upward():
                 if node in sheltered:
                     break
                 sheltered.add(node)
         return len(sheltered)
+
+    def root(self, namespace: Namespace) -> Node | None:
+        """Return the root of a namespace; None if nothing hangs on it."""
+        return self._roots.get(namespace.digest)
+
+    def newest_first(self, namespace: Namespace, width: int | None = None) -> Iterator[Node]:
+        """Yield the chunks of a namespace level by level, of each parent the latest inserted first, `width` at most.
+
+        O(chunks taken): how many there are besides does not matter. The tree must not change meanwhile.
+        """
+        root = self.root(namespace)
+        parents = deque([] if root is None else [root])
+        while parents:
+            for child in islice(reversed(parents.popleft().children.values()), width):
+                yield child
+                parents.append(child)
 
     def nodes(self) -> Iterator[Node]:
         """Yield every node, roots included, parents before children."""
@@ -177,6 +209,8 @@ class PrefixTree:
         _require(len({node.slot for node in chunks}) == len(chunks), "two chunks share a slot")
         for node in nodes:
             self._check_node(node)
+        counted = sum(root.n_chunks for root in self._roots.values())
+        _require(counted == self._n_nodes, f"the roots count {counted} chunks, the tree {self._n_nodes}")
         _require(self._pinned == {node for node in nodes if node.leases}, "the pinned set is not the leased nodes")
         offered = {node for node in chunks if not node.children and not node.leases}
         valid = [node for priority, ticket, node in self._heap if node.ticket == ticket and node.priority == priority]
@@ -185,6 +219,7 @@ class PrefixTree:
 
     def _check_node(self, node: Node) -> None:
         _require(node.leases >= 0, f"{node} has a negative lease count")
+        _require(node.root is (node if node.parent is None else node.parent.root), f"{node} has a foreign root")
         _require(node.order == sorted(node.children), f"{node}: the sorted keys are not the children's")
         for key, child in node.children.items():
             _require(child.parent is node and child.key == key, f"{child} hangs under a wrong parent or key")
@@ -223,8 +258,16 @@ class PrefixTree:
         del parent.children[leaf.key]
         del parent.order[bisect_left(parent.order, leaf.key)]
         self._n_nodes -= 1
+        leaf.root.n_chunks -= 1
         parent.priority = max(parent.priority, leaf.priority)
+        parent.used = max(parent.used, leaf.used)
         self._settle(parent)
+
+    def _remove_if_free(self, node: Node) -> bool:
+        if node.children or node.leases:
+            return False
+        self._remove(node)
+        return True
 
     def _settle(self, node: Node) -> None:
         """Offer an unleased leaf for eviction; forget a root on which nothing hangs any more."""

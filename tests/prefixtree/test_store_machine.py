@@ -1,5 +1,7 @@
 """The store against a model made of plain dictionaries, under random histories (Hypothesis, stateful).
 
+It also remembers every chunk that was ever cached, which is what explanations are judged by.
+
 The memory is simulated: a slot holds, per token, the identity of what was computed there, (namespace, exact prefix).
 So the promise "a lease's slots hold exactly this prefix's keys and values" is one comparison, made for every position
 of every live lease after every operation. The model predicts the rest exactly: what is cached, what is evicted and in
@@ -8,6 +10,7 @@ which order, who claims which chunk, and whether there is room.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from stemcache.prefixtree.errors import CapacityError
+from stemcache.prefixtree.explain import Divergence, Reason
 from stemcache.prefixtree.lease import Lease
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import PrefixStore
@@ -60,6 +64,8 @@ class Model:
     total: int
     chunk: int
     cached: dict[Prefix, int] = field(default_factory=dict)
+    ever: set[Prefix] = field(default_factory=set)
+    tokens: Counter[tuple[int, str]] = field(default_factory=Counter)  # acquired ones, by namespace and account field
     sequences: list[Sequence] = field(default_factory=list)
     now: int = 0
 
@@ -118,6 +124,50 @@ class Model:
         following = tokens[: len(full) + self.chunk]
         return len(following) == len(full) + self.chunk and any(s.claim == (space, following) for s in self.sequences)
 
+    def was_evicted(self, space: int, tokens: Tokens, position: int) -> bool:
+        """Whether the whole chunk around `position` was cached once and is not now."""
+        end = position - position % self.chunk + self.chunk
+        prefix = (space, tokens[:end])
+        return end <= len(tokens) and prefix in self.ever and prefix not in self.cached
+
+    def is_unfinished(self, tokens: Tokens, position: int) -> bool:
+        return position >= len(tokens) - len(tokens) % self.chunk
+
+    def count(self, space: int, tokens: Tokens, n_hits: int) -> None:
+        for position in range(len(tokens)):
+            if position < n_hits:
+                kind = "hit_tokens"
+            elif self.was_evicted(space, tokens, position):
+                kind = "evicted_tokens"
+            else:
+                kind = "unfinished_tokens" if self.is_unfinished(tokens, position) else "new_tokens"
+            self.tokens[space, kind] += 1
+
+    def reason(self, space: int, tokens: Tokens, n_last: int, position: int) -> Reason:
+        """Why one token is a hit or a miss, by looking at everything."""
+        reusable = tokens[: len(tokens) - n_last]
+        full, closest = self.full(space, reusable), self.closest(space, reusable)
+        n_hits = len(full) + (closest[1] if closest else 0)
+        following = (space, reusable[: len(full) + self.chunk])
+        pending = 0
+        for sequence in self.sequences:
+            if sequence.claim == following and sequence.prompt is not None:
+                n_whole = len(sequence.prompt) - len(sequence.prompt) % self.chunk
+                pending = min(shared(reusable, sequence.prompt), n_whole)
+        chunks = {prefix[1][-self.chunk :] for prefix in self.cached if prefix[0] == space}
+        begins = range(max(n_hits, position - self.chunk + 1), position + 1)
+        if position >= len(reusable):
+            return Reason.LAST_TOKEN
+        if position < n_hits:
+            return Reason.HIT if position < len(full) else Reason.PARTIAL_CHUNK
+        if position < pending:
+            return Reason.PENDING
+        if self.was_evicted(space, tokens, position):
+            return Reason.EVICTED
+        if any(tokens[begin : begin + self.chunk] in chunks for begin in begins):
+            return Reason.OTHER_POSITION
+        return Reason.UNFINISHED_CHUNK if self.is_unfinished(tokens, position) else Reason.NEVER_SEEN
+
     def advance(self, sequence: Sequence) -> None:
         assert sequence.prompt is not None
         sequence.claim = None
@@ -133,6 +183,7 @@ class Model:
             sequence.published += 1
             if prefix not in self.cached:
                 self.cached[prefix] = 0
+                self.ever.add(prefix)
                 self.touch(prefix)
                 for claimant in [s for s in self.sequences if s.claim == prefix]:
                     self.advance(claimant)
@@ -167,9 +218,25 @@ class StoreMachine(RuleBasedStateMachine):
 
         lease = self.store.acquire(tokens, NAMESPACES[space])
         assert lease.cached_tokens == (expected if copied else len(full))
+        model.count(space, tokens, lease.cached_tokens)
         published = len(full) // model.chunk
         sequence = Sequence(lease, space, tokens[: lease.cached_tokens], published, published + copied)
         model.sequences.append(sequence)
+
+    @rule(space=spaces, text=texts, length=lengths, tail=tails)
+    def pin(self, space: int, text: Tokens, length: int, tail: Tokens) -> None:
+        """A pin is a sequence that holds the cached whole chunks of a prompt."""
+        full, before = self.model.full(space, text[:length] + tail), self.store.stats()
+        lease = self.store.pin(text[:length] + tail, NAMESPACES[space])
+        assert lease.cached_tokens == len(full)
+        after = self.store.stats()
+        assert (after.acquires, after.free_chunks, after.hit_tokens) == (
+            before.acquires,
+            before.free_chunks,
+            before.hit_tokens,
+        )
+        n_chunks = len(full) // self.model.chunk
+        self.model.sequences.append(Sequence(lease, space, full, n_chunks, n_chunks))
 
     @precondition(lambda self: self.model.sequences)
     @rule(pick=picks, n_tokens=st.integers(0, 30))
@@ -243,6 +310,56 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.clear() == len(self.model.cached) - len(kept)
         self.model.cached = kept
 
+    @rule(space=spaces)
+    def clear_namespace(self, space: int) -> None:
+        pinned = self.model.pinned()
+        kept = {p: t for p, t in self.model.cached.items() if p[0] != space or p in pinned}
+        assert self.store.clear(NAMESPACES[space]) == len(self.model.cached) - len(kept)
+        self.model.cached = kept
+
+    @rule(space=spaces, text=texts, length=lengths, tail=tails, n_last=st.integers(0, 1))
+    def explain(self, space: int, text: Tokens, length: int, tail: Tokens, n_last: int) -> None:
+        before, tokens = self.snapshot(), text[:length] + tail
+        explained = self.store.explain(tokens, NAMESPACES[space], n_last)
+        assert self.snapshot() == before
+        assert explained == self.store.explain(tokens, NAMESPACES[space], n_last)
+        reasons = [each.reason for each in explained.ranges for _ in range(each.tokens)]
+        assert reasons == [self.model.reason(space, tokens, n_last, i) for i in range(len(tokens))]
+        reusable = tokens[: len(tokens) - n_last]
+        assert explained.hit_tokens == self.store.match_tokens(reusable, NAMESPACES[space])
+        self.assert_divergence(explained.divergence, space, reusable, explained.hit_tokens)
+
+    @rule(space=spaces, max_chunks=st.integers(1, 40), max_depth=st.none() | st.integers(1, 4))
+    def draw(self, space: int, max_chunks: int, max_depth: int | None) -> None:
+        model, before = self.model, self.snapshot()
+        drawn = self.store.snapshot(NAMESPACES[space], max_chunks, max_depth=max_depth, with_tokens=True)
+        assert self.snapshot() == before
+        cached = {tokens for at, tokens in model.cached if at == space}
+        paths: dict[str | None, Tokens] = {None: ()}
+        shown: set[Tokens] = set()
+        for branch in drawn.branches:
+            above = paths[branch.parent]
+            path = paths[branch.id] = above + branch.token_ids
+            chunks = {path[:end] for end in range(len(above) + model.chunk, len(path) + 1, model.chunk)}
+            assert (branch.depth * model.chunk, branch.chunks) == (len(above), len(chunks))
+            assert not chunks & shown
+            shown |= chunks
+            for chunk in chunks:
+                held = [s for s in model.sequences if s.space == space and model.node(s)[1][: len(chunk)] == chunk]
+                assert branch.sharers == len(held)
+            assert branch.children == sum(c[: -model.chunk] == path for c in cached)
+        assert shown <= cached
+        assert drawn.cached_chunks == len(cached)
+        for branch in drawn.branches:
+            hanging = [c for c in cached - shown if c[: -model.chunk] == paths[branch.id]]
+            assert branch.hidden_children == len(hanging)
+        assert drawn.hidden_children == sum(len(c) == model.chunk for c in cached - shown)
+        assert len(shown) == drawn.shown_chunks <= max_chunks
+        if max_depth is not None:
+            assert all(len(chunk) <= max_depth * model.chunk for chunk in shown)
+        elif max_chunks >= len(cached):  # no parent here has more than the eight children that are always shown
+            assert shown == cached
+
     @rule(space=spaces, text=texts, length=lengths, tail=tails)
     def look(self, space: int, text: Tokens, length: int, tail: Tokens) -> None:
         before, tokens = self.snapshot(), text[:length] + tail
@@ -269,6 +386,14 @@ class StoreMachine(RuleBasedStateMachine):
         assert stats.free_chunks == model.free()
         assert stats.leased_chunks == len(model.pinned()) + stats.private_chunks
         assert stats.claims == sum(s.claim is not None for s in model.sequences)
+        for space, namespace in enumerate(NAMESPACES):
+            own, mine = self.store.namespace_stats(namespace), [s for s in model.sequences if s.space == space]
+            assert own.cached_chunks == sum(prefix[0] == space for prefix in model.cached)
+            assert own.leases == len(mine)
+            assert own.private_chunks == sum(s.n_slots - s.published for s in mine)
+            assert own.leased_chunks == own.private_chunks + sum(prefix[0] == space for prefix in model.pinned())
+            for kind in ("hit_tokens", "evicted_tokens", "unfinished_tokens", "new_tokens"):
+                assert getattr(own, kind) == model.tokens[space, kind]
         for sequence in model.sequences:
             assert len(sequence.lease.slots) == sequence.n_slots
             assert len(sequence.lease.shared_slots) == sequence.published
@@ -307,6 +432,15 @@ class StoreMachine(RuleBasedStateMachine):
         sequence.n_slots += missing
         return True
 
+    def assert_divergence(self, divergence: Divergence | None, space: int, reusable: Tokens, n_hits: int) -> None:
+        """Told if and only if something cached goes on otherwise, and then as it does."""
+        onward = {t for at, t in self.model.cached if at == space and t[:n_hits] == reusable[:n_hits] and t[n_hits:]}
+        assert (divergence is not None) == (n_hits < len(reusable) and bool(onward))
+        if divergence is not None:
+            assert divergence.position == n_hits
+            assert divergence.cached[0] != reusable[n_hits]
+            assert any(t[n_hits:][: len(divergence.cached)] == divergence.cached for t in onward)
+
     def snapshot(self) -> object:
         return self.store.stats(), [list(s.lease.slots) for s in self.model.sequences]
 
@@ -343,6 +477,10 @@ def random_step(machine: StoreMachine, random: Random) -> None:
     actions: list[tuple[int, Callable[[], None]]] = [
         (8 if n_live < 6 else 0, lambda: machine.acquire(space, text, length, tail)),
         (4, lambda: machine.look(space, text, length, tail)),
+        (8, lambda: machine.explain(space, text, length, tail, random.randrange(2))),
+        (2, lambda: machine.draw(space, random.randint(1, 40), random.choice([None, None, 1, 3]))),
+        (1 if n_live < 6 else 0, lambda: machine.pin(space, text, length, tail)),
+        (0 if random.random() < 0.9 else 1, lambda: machine.clear_namespace(space)),
         (0 if random.random() < 0.9 else 1, machine.clear),
     ]
     if n_live:
