@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
 
     _add_server_options(serve)
+    serve.add_argument(
+        "--show-cache-text", action="store_true", help="let GET /v1/cache/tree?text=true show what is cached"
+    )
 
     generate = commands.add_parser("generate", help="complete a prompt; text to stdout, usage to stderr")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to complete; - reads it from standard input")

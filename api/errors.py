@@ -24,7 +24,11 @@ from stemcache.prefixtree.errors import StemcacheError
 CLIENT_CLOSED_REQUEST = 499
 
 
-class ModelNotFoundError(InvalidRequestError):
+class NotFoundError(InvalidRequestError):
+    """What the request names is not there: 404."""
+
+
+class ModelNotFoundError(NotFoundError):
     """The request names a model that this server does not serve."""
 
     def __init__(self, asked: str, served: str) -> None:
@@ -71,7 +75,7 @@ def describe(error: Exception) -> ErrorReply:
         case ApiError():
             return ErrorReply(error.status, str(error), type=error.type, code=error.code)
         case InvalidRequestError():
-            status = 404 if isinstance(error, ModelNotFoundError) else 400
+            status = 404 if isinstance(error, NotFoundError) else 400
             return ErrorReply(status, str(error), param=error.param, code=error.code)
         case RequestValidationError():
             return _describe_validation(error.errors()[0])
@@ -105,7 +109,8 @@ def _describe_validation(problem: Mapping[str, Any]) -> ErrorReply:
 
 def _param_name(location: Sequence[str | int]) -> str | None:
     """("messages", 0, "content") as messages[0].content; None for the body itself."""
-    named = [part for part in location if part != "[key]"]  # pydantic's mark for a fault of a dictionary's key
+    # "[key]" is pydantic's mark for a fault of a dictionary's key; our unions name their variants in the same way.
+    named = [part for part in location if not str(part).startswith("[")]
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in named]
     return "".join(parts).removeprefix(".") or None
 

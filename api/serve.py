@@ -58,6 +58,7 @@ def serve(options: argparse.Namespace) -> int:
             drain=drain,
             spans=exported_spans(engine.model_name) if settings.traces_endpoint else None,
             log_prompts=options.log_prompts,
+            show_cache_text=options.show_cache_text,
         )
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_CANCEL_SECONDS)
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal once more after its shutdown: the normal end

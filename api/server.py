@@ -17,6 +17,7 @@ from stemcache._version import __version__
 from stemcache.api.access import AccessMiddleware
 from stemcache.api.admission import Admission
 from stemcache.api.auth import AuthMiddleware
+from stemcache.api.cache_routes import CacheEndpoint
 from stemcache.api.disconnect import until_disconnect
 from stemcache.api.drain import Drain, DrainMiddleware
 from stemcache.api.errors import ModelNotFoundError, add_error_handlers
@@ -47,12 +48,14 @@ def create_app(
     drain: Drain | None = None,
     spans: Spans | None = None,
     log_prompts: bool = False,
+    show_cache_text: bool = False,
 ) -> FastAPI:
     """The application that serves `engine`. Whoever made the engine closes it.
 
     keyring: whose API keys are let in; None for everybody, as one tenant.
     secret: what that one tenant's id is derived with; random by default. A keyring has its own.
     drain: to be begun when the server is to end. spans: where to tell traces.
+    show_cache_text: whether GET /v1/cache/tree may show what is cached, to the tenant whose it is.
     """
     metrics, limits = Metrics(engine), limits or Limits()
     endpoint = Endpoint(engine, Admission(engine, metrics, limits, log_prompts=log_prompts))
@@ -69,6 +72,7 @@ def create_app(
     app.get("/v1/models/{name:path}")(endpoint.model)
     app.get("/health")(endpoint.health)
     app.add_route("/metrics", metrics.serve)
+    CacheEndpoint(engine, endpoint.tokens_of, show_text=show_cache_text).add_to(app)
     return app
 
 
@@ -113,6 +117,16 @@ class Endpoint:
         self._engine.require_alive()
         now = self._engine.activity()
         return {"status": "ok", "running": now.running, "waiting": now.waiting}
+
+    async def tokens_of(self, body: CompletionRequest | ChatRequest) -> list[int]:
+        """The one prompt of a request of either route, as that route reads it."""
+        self._require_model(body.model)
+        if isinstance(body, ChatRequest):
+            return await self._encode_chat(body)
+        if len(body.prompt) > 1:
+            raise InvalidRequestError("this route takes one prompt, not a list of them", param="prompt")
+        prompt = body.prompt[0]
+        return await self._encode(prompt) if isinstance(prompt, str) else prompt
 
     async def _answer(
         self,

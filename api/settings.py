@@ -1,4 +1,4 @@
-"""What the server takes from its environment. Nothing else reads it.
+"""What stemcache takes from its environment. Nothing else reads it.
 
 Secrets come this way or from files, never from the command line, which every user of the machine can read.
 """
@@ -41,3 +41,8 @@ class Settings:
             secret=secret or secrets.token_bytes(32),
             traces_endpoint=environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
         )
+
+
+def client_api_key() -> str | None:
+    """STEMCACHE_API_KEY: the key with which our own commands ask a server; None if it is not set or empty."""
+    return os.environ.get("STEMCACHE_API_KEY") or None

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stemcache.engine import attention
 from stemcache.engine.activity import Activity
+from stemcache.engine.cache import Cache
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.errors import ContextLengthError, InvalidRequestError, ModelLoadError
 from stemcache.engine.families import require_served
@@ -34,6 +35,7 @@ from stemcache.engine.runner import ModelRunner
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.sequence import Request
 from stemcache.engine.stream import Stream
+from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import StoreStats
 
@@ -78,6 +80,7 @@ class Engine:
         self._loop = EngineLoop(
             self._runner, self._prompts, eos, max_step_tokens=max_step_tokens, max_running=max_running
         )
+        self.cache = Cache(self._loop, self._runner.layout, self.namespace)
 
     @classmethod
     def load(
@@ -133,6 +136,10 @@ class Engine:
     ) -> list[int]:
         """Token ids of a conversation, by the model's chat template."""
         return self._prompts.encode_chat(messages, documents=documents, add_generation_prompt=add_generation_prompt)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special tokens shown; empty without a tokenizer."""
+        return self._prompts.decode(tokens)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token."""
@@ -241,6 +248,14 @@ class Engine:
                 param="max_tokens",
             )
         return params.max_tokens
+
+    def explain(self, prompt: Sequence[int], *, tenant: bytes = b"") -> Explanation:
+        """What a request with this prompt would find in the cache now, and why not more (`cache` can do the rest).
+
+        Raises InvalidRequestError for token ids that are none, EngineClosedError.
+        """
+        self._check_tokens(prompt, SamplingParams())
+        return self.cache.explain(prompt, tenant=tenant)
 
     # -- life --------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.errors import EngineClosedError, EngineError
 from stemcache.engine.outputs import Delta, FinishReason
+from stemcache.engine.pins import Pins
 from stemcache.engine.prompts import Prompts
 from stemcache.engine.runner import ModelRunner
 from stemcache.engine.sampler import Chosen, TokenChooser, choose_tokens
@@ -38,6 +39,7 @@ class EngineLoop:
         self._eos = eos
         pool = runner.pool
         self.store = PrefixStore(pool.n_chunks, runner.layout.chunk_tokens, pool.copy_tokens)
+        self.pins = Pins(self.store)
         self.scheduler = Scheduler(self.store, max_step_tokens=max_step_tokens, max_running=max_running)
         self.generated_tokens = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -110,11 +112,14 @@ class EngineLoop:
             self._end(
                 request, cause if isinstance(cause, EngineError) else EngineClosedError(f"the engine died: {cause}")
             )
+        self.pins.clear()
 
     def _read_inbox(self) -> None:
         """Do what others asked for; with nothing to compute, wait for it."""
-        if self.scheduler.is_idle:
-            self._inbox.get()()
+        wishes = [self._inbox.get()] if self.scheduler.is_idle else []
+        self.pins.expire()  # an idle engine may have slept past the end of a pin
+        for wish in wishes:
+            wish()
         while not self._inbox.empty():
             self._inbox.get()()
 
@@ -143,6 +148,8 @@ class EngineLoop:
 
     def _step(self) -> None:
         step = self.scheduler.schedule()
+        while not step and self.pins.give_way():
+            step = self.scheduler.schedule()
         assert step, "requests wait, none runs and none can start"
         try:
             logits = self._runner.run(step)

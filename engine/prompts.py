@@ -64,6 +64,10 @@ class Prompts:
             raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
         return self.encode(text, add_special_tokens=False)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special tokens shown; empty without a tokenizer."""
+        return "" if self.backend is None else str(self.backend.decode(list(tokens), skip_special_tokens=False))
+
     def token_text(self, token: int) -> str:
         """The text of one token on its own; bytes that are no whole character show as replacement characters."""
         return "" if self.backend is None else str(self.backend.decode([token], skip_special_tokens=False))

@@ -92,6 +92,10 @@ class PrefixStore:
         self._ledger = Ledger(n_chunks, chunk_tokens, copy_tokens, policy)
         self._leases: set[Lease] = set()
 
+    @property
+    def chunk_tokens(self) -> int:
+        return self._ledger.tree.chunk_tokens
+
     def acquire(self, tokens: Sequence[int], namespace: Namespace) -> Lease:
         """Lease the longest cached prefix of `tokens`.
 

@@ -1,0 +1,203 @@
+"""The routes under /v1/cache: what is cached, why a prompt hits or misses, and what shall stay or go.
+
+Invariant: a tenant sees and changes its own cache only; of the others it learns how full the pool is, nothing more. The
+event loop never waits for the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Body, FastAPI, Query, Request
+from starlette.exceptions import HTTPException
+
+from stemcache.api.cache_schemas import PinPrompt, Prompt, TreeQuery
+from stemcache.api.disconnect import until_disconnect
+from stemcache.api.errors import NotFoundError
+from stemcache.api.explain import report
+from stemcache.api.schemas import ChatRequest, CompletionRequest
+from stemcache.api.tenant import tenant_of
+from stemcache.engine.outputs import Usage
+from stemcache.engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from stemcache.engine.cache import CacheStats
+    from stemcache.engine.engine import Engine
+    from stemcache.engine.pins import PinInfo
+    from stemcache.engine.stream import Stream
+
+Json = dict[str, Any]
+TokensOf = Callable[[CompletionRequest | ChatRequest], Awaitable[list[int]]]
+
+
+class CacheEndpoint:
+    """The routes. `tokens_of` reads a prompt as the completion routes do; `show_text` allows the tree's text."""
+
+    def __init__(self, engine: Engine, tokens_of: TokensOf, *, show_text: bool) -> None:
+        self._engine = engine
+        self._cache = engine.cache
+        self._tokens_of = tokens_of
+        self._show_text = show_text
+
+    def add_to(self, app: FastAPI) -> None:
+        app.get("/v1/cache/stats")(self.stats)
+        app.get("/v1/cache/tree")(self.tree)
+        app.post("/v1/cache/explain")(self.explain)
+        app.post("/v1/cache/warm")(self.warm)
+        app.post("/v1/cache/clear")(self.clear)
+        app.get("/v1/cache/pin")(self.pins)
+        app.post("/v1/cache/pin")(self.pin)
+        app.delete("/v1/cache/pin/{pin_id}")(self.unpin)
+
+    async def stats(self, request: Request) -> Json:
+        """What is cached, in the whole pool and of the caller, and what the caller's requests found and missed."""
+        return _stats(await asyncio.to_thread(self._cache.stats, tenant=tenant_of(request)))
+
+    async def tree(self, query: Annotated[TreeQuery, Query()], request: Request) -> Json:
+        """The caller's prefix tree, level by level and latest first. Unbranched chains of chunks are one node."""
+        if query.text and not self._show_text:
+            raise HTTPException(403, "This server shows no cached text: start it with --show-cache-text.")
+        return await asyncio.to_thread(self._draw, query, tenant_of(request))
+
+    async def explain(self, body: Annotated[Prompt, Body()], request: Request) -> Json:
+        """Why a completion or chat request, sent as it is, would find this much in the cache and not more."""
+        tokens = await self._tokens_of(body)
+        return await asyncio.to_thread(self._explain, tokens, tenant_of(request))
+
+    async def warm(self, body: Annotated[Prompt, Body()], request: Request) -> Json:
+        """Compute and cache the prompt of a completion or chat request, without an answer."""
+        tokens = await self._tokens_of(body)
+        usage = await self._compute(tokens, request)
+        cached = await asyncio.to_thread(self._cache.cached_tokens, tokens, tenant=tenant_of(request))
+        return {"object": "cache.warm"} | _computed(usage, cached)
+
+    async def pin(self, body: Annotated[PinPrompt, Body()], request: Request) -> Json:
+        """Warm a prompt, and keep its whole chunks until the pin is deleted, expires, or must give way to a request."""
+        tokens, tenant = await self._tokens_of(body), tenant_of(request)
+        await asyncio.to_thread(self._cache.require_pin_room, tokens, tenant=tenant)
+        usage = await self._compute(tokens, request)
+        pin = await asyncio.to_thread(self._cache.pin, tokens, seconds=body.ttl_seconds, tenant=tenant)
+        return _pin(pin) | _computed(usage, pin.tokens)
+
+    async def pins(self, request: Request) -> Json:
+        """The caller's pins, oldest first."""
+        pins = await asyncio.to_thread(self._cache.pins, tenant=tenant_of(request))
+        return {"object": "list", "data": [_pin(pin) for pin in pins]}
+
+    async def unpin(self, pin_id: str, request: Request) -> Json:
+        """End a pin. What it kept stays cached until room is needed."""
+        if not await asyncio.to_thread(self._cache.unpin, pin_id, tenant=tenant_of(request)):
+            raise NotFoundError(
+                f"There is no pin '{pin_id}': it was deleted, expired, or gave way to a request that needed its room.",
+                code="pin_not_found",
+            )
+        return {"id": pin_id, "object": "cache.pin", "deleted": True}
+
+    async def clear(self, request: Request) -> Json:
+        """Evict the caller's chunks that no request and no pin holds."""
+        cleared = await asyncio.to_thread(self._cache.clear, tenant=tenant_of(request))
+        return {
+            "object": "cache.clear",
+            "cleared_chunks": cleared,
+            "cleared_tokens": cleared * self._cache.chunk_tokens,
+        }
+
+    def _explain(self, tokens: list[int], tenant: bytes) -> Json:
+        return report(self._engine.explain(tokens, tenant=tenant), tokens, self._engine.decode)
+
+    def _draw(self, query: TreeQuery, tenant: bytes) -> Json:
+        tree = self._cache.tree(query.max_nodes, max_depth=query.depth, with_tokens=query.text, tenant=tenant)
+        size = tree.chunk_tokens
+        return {
+            "object": "cache.tree",
+            "chunk_tokens": size,
+            "cached_tokens": tree.cached_chunks * size,
+            "shown_tokens": tree.shown_chunks * size,
+            "children": tree.children,
+            "hidden_children": tree.hidden_children,
+            "nodes": [
+                {
+                    "id": branch.id,
+                    "parent": branch.parent,
+                    "start": branch.depth * size,
+                    "depth": branch.depth,
+                    "chunks": branch.chunks,
+                    "tokens": branch.chunks * size,
+                    "sharers": branch.sharers,
+                    "children": branch.children,
+                    "hidden_children": branch.hidden_children,
+                    "idle_seconds": round(branch.idle_seconds, 3),
+                }
+                | ({"text": self._engine.decode(branch.token_ids)} if query.text else {})
+                for branch in tree.branches
+            ],
+        }
+
+    async def _compute(self, tokens: list[int], request: Request) -> Usage:
+        """Have a prompt computed, and with it cached. One token is chosen, as the end of a prefill, and dropped."""
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        with self._engine.submit(tokens, params, tenant=tenant_of(request)) as stream:
+            await until_disconnect(_exhaust(stream), request.receive)
+        return stream.usage
+
+
+async def _exhaust(stream: Stream) -> None:
+    async for _ in stream:
+        pass
+
+
+def _computed(usage: Usage, cached_now: int) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "newly_cached_tokens": max(0, cached_now - usage.cached_tokens),
+    }
+
+
+def _pin(pin: PinInfo) -> Json:
+    left = None if pin.expires_in is None else round(pin.expires_in, 3)
+    return {"id": pin.id, "object": "cache.pin", "pinned_tokens": pin.tokens, "expires_in_seconds": left}
+
+
+def _stats(stats: CacheStats) -> Json:
+    """By tier, so that further tiers stand beside the device."""
+    size, bytes_each = stats.layout.chunk_tokens, stats.layout.bytes_per_chunk
+    pool, own = stats.store, stats.own
+    misses = {"evicted": own.evicted_tokens, "unfinished_chunk": own.unfinished_tokens, "new": own.new_tokens}
+    return {
+        "object": "cache.stats",
+        "chunk_tokens": size,
+        "bytes_per_token": stats.layout.bytes_per_token,
+        "tiers": {
+            "device": {
+                "chunks": {
+                    "total": pool.total_chunks,
+                    "free": pool.free_chunks,
+                    "cached": pool.cached_chunks,
+                    "private": pool.private_chunks,
+                    "leased": pool.leased_chunks,
+                },
+                "tokens": {"total": pool.total_chunks * size, "cached": pool.cached_chunks * size},
+                "bytes": {"total": pool.total_chunks * bytes_each, "cached": pool.cached_chunks * bytes_each},
+            }
+        },
+        "tenant": {
+            "tiers": {
+                "device": {
+                    "chunks": {"cached": own.cached_chunks, "private": own.private_chunks, "leased": own.leased_chunks},
+                    "tokens": {"cached": own.cached_chunks * size},
+                    "bytes": {"cached": own.cached_chunks * bytes_each},
+                    "hit_tokens": own.hit_tokens,
+                    "evicted_chunks": own.evicted_chunks,
+                }
+            },
+            "prompts": own.acquires,
+            "hit_tokens": own.hit_tokens,
+            "miss_tokens": sum(misses.values()),
+            "misses": misses,
+            "leases": own.leases,
+            "pins": {"count": len(stats.pins), "tokens": sum(pin.tokens for pin in stats.pins)},
+        },
+    }

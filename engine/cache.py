@@ -1,0 +1,101 @@
+"""The cache as its owner may look at it and change it: statistics, a picture, explanations, pins, clearing.
+
+Invariant: every method works on one tenant's namespace and sees nothing of another's. All of them wait for the engine's
+running step, so they belong on a thread that may wait, never on an event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stemcache.engine.loop import EngineLoop
+from stemcache.engine.pins import PinInfo
+from stemcache.prefixtree.explain import Explanation
+from stemcache.prefixtree.layout import KVLayout
+from stemcache.prefixtree.namespace import Namespace
+from stemcache.prefixtree.snapshot import TreeSnapshot
+from stemcache.prefixtree.store import NamespaceStats, StoreStats
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """One moment of the cache: the whole device pool, and what is one tenant's."""
+
+    layout: KVLayout
+    store: StoreStats
+    own: NamespaceStats
+    pins: tuple[PinInfo, ...]
+
+
+class Cache:
+    """`Engine.cache`. `tenant` is what `Engine.submit` takes. Every method raises EngineClosedError."""
+
+    def __init__(self, loop: EngineLoop, layout: KVLayout, namespace: Callable[[bytes], Namespace]) -> None:
+        self._loop = loop
+        self._layout = layout
+        self._namespace = namespace
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self._layout.chunk_tokens
+
+    def stats(self, *, tenant: bytes = b"") -> CacheStats:
+        """A consistent snapshot, taken between two steps."""
+        store, namespace = self._loop.store, self._namespace(tenant)
+        return self._loop.call(
+            lambda: CacheStats(
+                self._layout,
+                store.stats(),
+                store.namespace_stats(namespace),
+                tuple(self._loop.pins.of(namespace)),
+            )
+        )
+
+    def tree(
+        self, max_chunks: int, *, max_depth: int | None = None, with_tokens: bool = False, tenant: bytes = b""
+    ) -> TreeSnapshot:
+        """A picture of up to `max_chunks` chunks, down to `max_depth` chunks from the root."""
+        namespace = self._namespace(tenant)
+        return self._loop.call(
+            lambda: self._loop.store.snapshot(namespace, max_chunks, max_depth=max_depth, with_tokens=with_tokens)
+        )
+
+    def explain(self, prompt: Sequence[int], *, tenant: bytes = b"") -> Explanation:
+        """What a request with this prompt would find now, and why not more. Its last token is computed in any case."""
+        namespace = self._namespace(tenant)
+        return self._loop.call(lambda: self._loop.store.explain(prompt, namespace, n_last=min(1, len(prompt))))
+
+    def cached_tokens(self, prompt: Sequence[int], *, tenant: bytes = b"") -> int:
+        """How many leading tokens are cached now."""
+        namespace = self._namespace(tenant)
+        return self._loop.call(lambda: self._loop.store.match_tokens(prompt, namespace))
+
+    def clear(self, *, tenant: bytes = b"") -> int:
+        """Evict the tenant's chunks that no request and no pin holds; returns how many."""
+        namespace = self._namespace(tenant)
+        return self._loop.call(lambda: self._loop.store.clear(namespace))
+
+    def require_pin_room(self, prompt: Sequence[int], *, tenant: bytes = b"") -> None:
+        """Raise InvalidRequestError unless the prompt may be pinned: to be asked before computing it for a pin."""
+        namespace = self._namespace(tenant)
+        self._loop.call(lambda: self._loop.pins.require_room(prompt, namespace))
+
+    def pin(self, prompt: Sequence[int], *, seconds: float | None = None, tenant: bytes = b"") -> PinInfo:
+        """Keep what is cached of a prompt, in whole chunks, from being evicted; for so long, or until `unpin`.
+
+        Raises InvalidRequestError when pins would hold more than their share of the pool, or the prompt has no whole
+        chunk.
+        """
+        namespace = self._namespace(tenant)
+        return self._loop.call(lambda: self._loop.pins.add(prompt, namespace, seconds))
+
+    def pins(self, *, tenant: bytes = b"") -> list[PinInfo]:
+        """The tenant's pins, oldest first."""
+        namespace = self._namespace(tenant)
+        return self._loop.call(lambda: self._loop.pins.of(namespace))
+
+    def unpin(self, pin_id: str, *, tenant: bytes = b"") -> bool:
+        """End a pin; False if the tenant has none of that id."""
+        namespace = self._namespace(tenant)
+        return self._loop.call(lambda: self._loop.pins.remove(pin_id, namespace))
