@@ -1,4 +1,4 @@
-"""The command line: `stemcache serve`, `stemcache generate`, `stemcache demo`.
+"""The command line: `stemcache serve`, `generate`, `demo`, `explain` and `tree`.
 
 Invariant: a user's mistake ends in one sentence on stderr and exit status 2, never in a traceback. Commands are
 imported when they run, so that `--help` does not wait for torch.
@@ -41,6 +41,14 @@ def _run(options: argparse.Namespace) -> int:
             from stemcache.api.generate import generate
 
             return generate(options)
+        case "explain":
+            from stemcache.api.cache_commands import explain
+
+            return explain(options)
+        case "tree":
+            from stemcache.api.cache_commands import tree
+
+            return tree(options)
         case _:
             from stemcache.api.demo import demo
 
@@ -73,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
 
     commands.add_parser("demo", help="ask the demo model questions over HTTP and show what the cache saves")
+    _add_cache_commands(commands)
     return parser
 
 
@@ -95,6 +104,23 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="time for one request, after which it ends with an error (default: %(default)s)",
     )
     parser.add_argument("--log-prompts", action="store_true", help="write the text of prompts into the log")
+
+
+def _add_cache_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    explain = commands.add_parser("explain", help="ask a running server why a prompt is found in its cache, or is not")
+    explain.add_argument("prompt_file", metavar="PROMPT-FILE", help="a file with the prompt; - reads standard input")
+    explain.add_argument(
+        "--chat", action="store_true", help="the file is a chat: JSON (a request, or its messages), or one message"
+    )
+    tree = commands.add_parser("tree", help="draw what a running server has cached")
+    tree.add_argument(
+        "--max-nodes", type=int, default=500, metavar="N", help="chunks to draw at most (default: %(default)s)"
+    )
+    tree.add_argument("--text", action="store_true", help="with the cached text, if the server shows it")
+    for command in (explain, tree):
+        command.add_argument(
+            "--url", default="http://127.0.0.1:8000", help="the server's address (default: %(default)s)"
+        )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ WHY: Final = {
     Reason.LAST_TOKEN: "always computed: the answer begins with what follows from it",
 }
 
-_CONTEXT_TOKENS = 8
+_CONTEXT_TOKENS = 24
 _EXCERPT_TOKENS = 24
 _EXCERPT_CHARS = 48
 _LONGEST_WORD = 32
@@ -80,63 +80,54 @@ def advice(explanation: Explanation, differs: Difference | None) -> list[str]:
 
 def _advice(explanation: Explanation, differs: Difference | None) -> Iterator[str]:
     count = explanation.tokens_of
-    elsewhere = count(Reason.OTHER_POSITION)
     if explanation.hit_tokens + count(Reason.LAST_TOKEN) == explanation.n_tokens:
         yield "The whole prompt is cached; only its last token is computed, as always."
         return
-    if differs is not None and _cause(explanation) not in (Reason.EVICTED, Reason.PENDING):
-        yield _divergence_advice(explanation, differs, elsewhere)
-    elif elsewhere:
+    if differs is not None and _first_miss(explanation) not in (Reason.EVICTED, Reason.PENDING):
+        yield _divergence_advice(explanation, differs)
+    elif moved := count(Reason.OTHER_POSITION):
         yield (
-            f"{_tokens(elsewhere)} cached at another position or after another prefix. Keys and values depend on "
-            "everything before them: keep system prompt and documents in the same order from request to request."
+            f"{_tokens(moved)} cached at another position or after another prefix. Keys and values depend on all "
+            "before them: keep system prompt and documents in the same order from request to request."
         )
-    if count(Reason.EVICTED):
+    if evicted := count(Reason.EVICTED):
         yield (
-            f"{_tokens(count(Reason.EVICTED), 'were')} cached here before and went: give the server a larger "
-            "--pool-bytes, or pin what has to stay (POST /v1/cache/pin)."
+            f"{_tokens(evicted, 'was', 'were')} cached here before and went: give the server a larger --pool-bytes, or "
+            "pin what has to stay (POST /v1/cache/pin)."
         )
-    if count(Reason.PENDING):
+    if pending := count(Reason.PENDING):
+        yield f"{_tokens(pending)} being computed by another request: one with this prompt would wait, and reuse them."
+    if (new := count(Reason.NEVER_SEEN)) and differs is None:
         yield (
-            f"{_tokens(count(Reason.PENDING))} being computed by another request: one with this prompt would wait for "
-            "it and reuse them."
+            f"{_tokens(new)} new. The first request computes them, the next one finds them; POST /v1/cache/warm "
+            "does it ahead of time."
         )
-    if count(Reason.NEVER_SEEN) and differs is None:
-        yield (
-            f"{_tokens(count(Reason.NEVER_SEEN))} new. The first request computes them, the next one finds them; "
-            "POST /v1/cache/warm computes them ahead of time."
-        )
-    if count(Reason.UNFINISHED_CHUNK):
-        yield (
-            f"{_tokens(count(Reason.UNFINISHED_CHUNK))} at the end, less than a chunk of {explanation.chunk_tokens}: "
-            "they are computed by every request."
-        )
+    if rest := count(Reason.UNFINISHED_CHUNK):
+        size = explanation.chunk_tokens
+        yield f"{_tokens(rest)} left over at the end, less than a chunk of {size}, and never cached alone."
 
 
-def _divergence_advice(explanation: Explanation, differs: Difference, elsewhere: int) -> str:
-    quoted = f"'{differs.prompt}' against '{differs.cached}'"
-    if differs.token == 0:
-        return f"The prompt differs from everything cached at its first token, {quoted}: begin with what never changes."
-    if elsewhere:
+def _divergence_advice(explanation: Explanation, differs: Difference) -> str:
+    where = f"at token {differs.token}" if differs.token else "from everything cached at its first token"
+    sentence = f"The prompt differs {where}, '{differs.prompt}' against '{differs.cached}'"
+    if moved := explanation.tokens_of(Reason.OTHER_POSITION):
         return (
-            f"The prompt differs at token {differs.token}, {quoted}: put what changes after what does not. "
-            f"{_tokens(elsewhere)} cached, but at another position or after another prefix, where they are of no use."
+            f"{sentence}: put what changes after what does not. {_tokens(moved)} cached, but at another position or "
+            "after another prefix, where they are of no use."
         )
     if 2 * differs.token < explanation.n_tokens:
-        return (
-            f"The prompt differs at token {differs.token}, {quoted}: put what changes after what does not; "
-            f"{explanation.n_tokens - differs.token} of {explanation.n_tokens} tokens come after it."
-        )
-    return f"The prompt differs at token {differs.token}, {quoted}. All before it is reused, as it should be."
+        behind = explanation.n_tokens - differs.token
+        return f"{sentence}: put what changes after what does not. {_tokens(behind)} behind this place."
+    return f"{sentence}. All before it is reused, as it should be."
 
 
-def _cause(explanation: Explanation) -> Reason | None:
+def _first_miss(explanation: Explanation) -> Reason | None:
     """Why the first token that is no hit is none."""
     return next((each.reason for each in explanation.ranges if not each.reason.is_hit), None)
 
 
-def _tokens(n: int, verb: str = "are") -> str:
-    return f"1 token {'was' if verb == 'were' else 'is'}" if n == 1 else f"{n} tokens {verb}"
+def _tokens(n: int, one: str = "is", many: str = "are") -> str:
+    return f"1 token {one}" if n == 1 else f"{n} tokens {many}"
 
 
 def report(explanation: Explanation, prompt: Sequence[int], decode: Decode) -> dict[str, Any]:

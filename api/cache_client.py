@@ -1,0 +1,49 @@
+"""One question to a running server's cache routes, for the command line.
+
+Invariant: whatever goes wrong is one sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from stemcache.api.settings import client_api_key
+from stemcache.prefixtree.errors import StemcacheError
+
+_TIMEOUT_SECONDS = 120  # a step of a large model on a CPU, which the answer waits for, can take a while
+
+
+class ServerAnswerError(StemcacheError):
+    """No server answers, or it refuses."""
+
+
+def ask_cache(url: str, method: str, route: str, **request: Any) -> dict[str, Any]:
+    """The answer of `/v1/cache/{route}`. `request` as httpx takes it. Raises ServerAnswerError."""
+    base = url.rstrip("/").removesuffix("/v1")
+    key = client_api_key()
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    try:
+        with httpx.Client(trust_env=False, timeout=_TIMEOUT_SECONDS, headers=headers) as client:
+            response = client.request(method, f"{base}/v1/cache/{route}", **request)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerAnswerError(
+            f"no server answers at {url} ({error}): start one with `stemcache serve`, or name its address with --url"
+        ) from error
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise ServerAnswerError(f"what answers at {url} is no stemcache server (status {response.status_code})")
+    if not response.is_success:
+        hint = "; put your key into STEMCACHE_API_KEY" if response.status_code == 401 else ""
+        raise ServerAnswerError(f"the server refuses: {_message(answer, response.status_code)}{hint}")
+    return answer
+
+
+def _message(answer: Mapping[str, Any], status: int) -> str:
+    error = answer.get("error")
+    return str(error["message"]) if isinstance(error, dict) and "message" in error else f"status {status}"
