@@ -18,7 +18,7 @@ from stemcache.api.disconnect import until_disconnect
 from stemcache.api.errors import NotFoundError
 from stemcache.api.explain import report
 from stemcache.api.schemas import ChatRequest, CompletionRequest
-from stemcache.api.tenant import tenant_of
+from stemcache.api.tenant import tenant_id
 from stemcache.engine.outputs import Usage
 from stemcache.engine.sampling import SamplingParams
 
@@ -53,29 +53,29 @@ class CacheEndpoint:
 
     async def stats(self, request: Request) -> Json:
         """What is cached, in the whole pool and of the caller, and what the caller's requests found and missed."""
-        return _stats(await asyncio.to_thread(self._cache.stats, tenant=tenant_of(request)))
+        return _stats(await asyncio.to_thread(self._cache.stats, tenant=tenant_id()))
 
     async def tree(self, query: Annotated[TreeQuery, Query()], request: Request) -> Json:
         """The caller's prefix tree, level by level and latest first. Unbranched chains of chunks are one node."""
         if query.text and not self._show_text:
             raise HTTPException(403, "This server shows no cached text: start it with --show-cache-text.")
-        return await asyncio.to_thread(self._draw, query, tenant_of(request))
+        return await asyncio.to_thread(self._draw, query, tenant_id())
 
     async def explain(self, body: Annotated[Prompt, Body()], request: Request) -> Json:
         """Why a completion or chat request, sent as it is, would find this much in the cache and not more."""
         tokens = await self._tokens_of(body)
-        return await asyncio.to_thread(self._explain, tokens, tenant_of(request))
+        return await asyncio.to_thread(self._explain, tokens, tenant_id())
 
     async def warm(self, body: Annotated[Prompt, Body()], request: Request) -> Json:
         """Compute and cache the prompt of a completion or chat request, without an answer."""
         tokens = await self._tokens_of(body)
         usage = await self._compute(tokens, request)
-        cached = await asyncio.to_thread(self._cache.cached_tokens, tokens, tenant=tenant_of(request))
+        cached = await asyncio.to_thread(self._cache.cached_tokens, tokens, tenant=tenant_id())
         return {"object": "cache.warm"} | _computed(usage, cached)
 
     async def pin(self, body: Annotated[PinPrompt, Body()], request: Request) -> Json:
         """Warm a prompt, and keep its whole chunks until the pin is deleted, expires, or must give way to a request."""
-        tokens, tenant = await self._tokens_of(body), tenant_of(request)
+        tokens, tenant = await self._tokens_of(body), tenant_id()
         await asyncio.to_thread(self._cache.require_pin_room, tokens, tenant=tenant)
         usage = await self._compute(tokens, request)
         pin = await asyncio.to_thread(self._cache.pin, tokens, seconds=body.ttl_seconds, tenant=tenant)
@@ -83,12 +83,12 @@ class CacheEndpoint:
 
     async def pins(self, request: Request) -> Json:
         """The caller's pins, oldest first."""
-        pins = await asyncio.to_thread(self._cache.pins, tenant=tenant_of(request))
+        pins = await asyncio.to_thread(self._cache.pins, tenant=tenant_id())
         return {"object": "list", "data": [_pin(pin) for pin in pins]}
 
     async def unpin(self, pin_id: str, request: Request) -> Json:
         """End a pin. What it kept stays cached until room is needed."""
-        if not await asyncio.to_thread(self._cache.unpin, pin_id, tenant=tenant_of(request)):
+        if not await asyncio.to_thread(self._cache.unpin, pin_id, tenant=tenant_id()):
             raise NotFoundError(
                 f"There is no pin '{pin_id}': it was deleted, expired, or gave way to a request that needed its room.",
                 code="pin_not_found",
@@ -97,7 +97,7 @@ class CacheEndpoint:
 
     async def clear(self, request: Request) -> Json:
         """Evict the caller's chunks that no request and no pin holds."""
-        cleared = await asyncio.to_thread(self._cache.clear, tenant=tenant_of(request))
+        cleared = await asyncio.to_thread(self._cache.clear, tenant=tenant_id())
         return {
             "object": "cache.clear",
             "cleared_chunks": cleared,
@@ -138,7 +138,7 @@ class CacheEndpoint:
     async def _compute(self, tokens: list[int], request: Request) -> Usage:
         """Have a prompt computed, and with it cached. One token is chosen, as the end of a prefill, and dropped."""
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        with self._engine.submit(tokens, params, tenant=tenant_of(request)) as stream:
+        with self._engine.submit(tokens, params, tenant=tenant_id()) as stream:
             await until_disconnect(_exhaust(stream), request.receive)
         return stream.usage
 

@@ -1,11 +1,12 @@
-"""The tenant of a request: the bytes that keep its cache apart from everybody else's."""
+"""The tenant of the running request: the bytes that keep its cache apart from everybody else's."""
 
 from __future__ import annotations
 
-from starlette.requests import Request
+from stemcache.api.context import current
 
 
-def tenant_of(request: Request) -> bytes:
-    """What `Engine.submit` takes as `tenant`; without authentication everybody is the same tenant."""
-    tenant: bytes = getattr(request.state, "tenant", b"")
-    return tenant
+def tenant_id() -> bytes:
+    """What `Engine.submit` takes as `tenant`. To be called while a request is served."""
+    tenant = current().tenant
+    assert tenant is not None, "authentication comes before every route"
+    return tenant.id
