@@ -17,6 +17,7 @@ NAMESPACE = Namespace.of(model="m", dtype="float32")
 TENANTS = [b"a", b"b", b"c", b"d"]
 LARGEST = 50
 
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 costs = st.integers(1, LARGEST)
 
 
@@ -33,6 +34,7 @@ def start_next(queue, cost):
     return chosen.request.tenant
 
 
+@SETTINGS
 @given(st.lists(st.integers(-3, 3), max_size=20))
 def test_within_a_tenant_priority_goes_before_arrival(priorities):
     queue = WaitingQueue()
@@ -43,6 +45,7 @@ def test_within_a_tenant_priority_goes_before_arrival(priorities):
     assert len(queue) == len(arrived)
 
 
+@SETTINGS
 @given(st.lists(st.tuples(st.sampled_from(TENANTS), st.integers(-1, 1), costs), max_size=40))
 def test_each_waiting_sequence_has_one_turn(entries):
     queue = WaitingQueue()
@@ -57,6 +60,7 @@ def test_each_waiting_sequence_has_one_turn(entries):
     assert set(seen) == set(queue) == set(arrived)
 
 
+@SETTINGS
 @given(st.lists(costs, min_size=30, max_size=80), st.integers(2, 4))
 def test_tenants_that_always_ask_are_served_alike(charges, n_tenants):
     """Whatever their requests cost, no two are ever further apart than one request."""
@@ -69,6 +73,7 @@ def test_tenants_that_always_ask_are_served_alike(charges, n_tenants):
         assert max(served.values()) - min(served.values()) <= LARGEST
 
 
+@SETTINGS
 @given(st.lists(costs, min_size=60, max_size=60), st.integers(1, 50))
 def test_one_who_asks_rarely_waits_for_one_request_of_another_at_most(charges, period):
     """A flood of one tenant's requests does not delay another's few, also when it was there long before."""
@@ -86,6 +91,7 @@ def test_one_who_asks_rarely_waits_for_one_request_of_another_at_most(charges, p
             assert waited <= LARGEST
 
 
+@SETTINGS
 @given(costs, st.integers(1, 500))
 def test_idle_time_is_no_credit(cost, rounds):
     queue = WaitingQueue()
@@ -103,7 +109,7 @@ def test_idle_time_is_no_credit(cost, rounds):
     assert abs(turns.count(b"late") - turns.count(b"busy")) <= 2
 
 
-@settings(max_examples=50)
+@SETTINGS
 @given(st.lists(st.tuples(st.sampled_from(["add", "start", "drop", "charge"]), st.sampled_from(TENANTS), costs)))
 def test_nobody_is_lost_and_nobody_starves(events):
     queue, waiting = WaitingQueue(), []
