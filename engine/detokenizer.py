@@ -30,14 +30,22 @@ class Piece:
 class Detokenizer:
     """The text of one generated sequence. Without a tokenizer all text is empty."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._stop = tuple(stop)
         self._held = ""
         self._tail = list(prompt[-_PROMPT_TAIL:])
         self._tokens: list[int] = []
         self._decoded = 0
-        self._stream = DecodeStream(self._tail, skip_special_tokens=True) if tokenizer is not None else None
+        self._stream = DecodeStream(self._tail, skip_special_tokens=self._skip) if tokenizer is not None else None
 
     def add(self, token: int) -> Piece:
         """The text that `token` makes certain."""
@@ -60,8 +68,8 @@ class Detokenizer:
         """Text that the stream still withholds because its last character is not complete."""
         if self._tokenizer is None:
             return ""
-        before = self._tokenizer.decode(self._tail, skip_special_tokens=True)
-        whole = self._tokenizer.decode(self._tail + self._tokens, skip_special_tokens=True)
+        before = self._tokenizer.decode(self._tail, skip_special_tokens=self._skip)
+        whole = self._tokenizer.decode(self._tail + self._tokens, skip_special_tokens=self._skip)
         return whole[len(before) + self._decoded :]
 
     def _release(self, text: str) -> Piece:

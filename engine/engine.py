@@ -28,6 +28,7 @@ from stemcache.engine.cache import Cache
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.errors import ContextLengthError, InvalidRequestError, ModelLoadError
 from stemcache.engine.families import require_served
+from stemcache.engine.grammar import CompiledGrammar, Grammar, GrammarCompiler
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.outputs import Completion, Delta
 from stemcache.engine.prompts import Prompts
@@ -77,6 +78,7 @@ class Engine:
         pool_tokens = self._runner.pool.n_chunks * chunk_tokens
         self.max_model_len = min(self._runner.context_length, pool_tokens)
         eos = _eos_ids(checkpoint)
+        self._grammars = GrammarCompiler(checkpoint.tokenizer, self.vocab_size, eos)
         self._loop = EngineLoop(
             self._runner, self._prompts, eos, max_step_tokens=max_step_tokens, max_running=max_running
         )
@@ -132,10 +134,17 @@ class Engine:
         messages: Sequence[Mapping[str, Any]],
         *,
         documents: Sequence[Mapping[str, str]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Token ids of a conversation, by the model's chat template."""
-        return self._prompts.encode_chat(messages, documents=documents, add_generation_prompt=add_generation_prompt)
+        """Token ids of a conversation, by the model's chat template. `tools` in OpenAI's form."""
+        return self._prompts.encode_chat(
+            messages, documents=documents, tools=tools, add_generation_prompt=add_generation_prompt
+        )
+
+    def tool_template(self) -> str | None:
+        """The chat template that shows tools to the model; None where there is none with a place for them."""
+        return self._prompts.tool_template
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens shown; empty without a tokenizer."""
@@ -171,9 +180,10 @@ class Engine:
         self._loop.require_alive()
         self._check_tokens(prompt, params)
         room = self._check_length(len(prompt), params)
+        grammar = None if params.grammar is None else self.compile_grammar(params.grammar)
         stream = Stream(len(prompt), lambda: self._loop.cancel(request))
         namespace = self.namespace(tenant, cache_salt)
-        request = Request(list(prompt), params, namespace, room, stream, tenant, priority)
+        request = Request(list(prompt), params, namespace, room, stream, tenant, priority, grammar=grammar)
         self._loop.submit(request)
         return stream
 
@@ -186,6 +196,17 @@ class Engine:
             tenant=tenant,
             salt=cache_salt,
         )
+
+    def compile_grammar(self, grammar: Grammar) -> CompiledGrammar:
+        """What `submit` does with a request's grammar, and keeps: milliseconds, for large ones up to seconds.
+
+        Raises InvalidRequestError, with the grammar's `param`, when the output cannot be made to follow it.
+        """
+        return self._grammars.compile(grammar)
+
+    def grammar_literal(self, text: str) -> str:
+        """`text` as a Lark grammar has to name it: the special token, where there is one of that name, or a string."""
+        return self._grammars.literal(text)
 
     def generate(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None

@@ -2,7 +2,8 @@
 
 EngineError
 ├── InvalidRequestError        the caller's prompt or parameters are wrong; names the parameter
-│   └── ContextLengthError     prompt longer than the model or the pool can hold
+│   ├── ContextLengthError     prompt longer than the model or the pool can hold
+│   └── GrammarError           the request's grammar led where no token can follow, or to a limit, while it ran
 ├── ModelLoadError             the checkpoint folder is missing, broken or of a kind that cannot be served exactly
 └── EngineClosedError          the engine was closed, or its thread died
 """
@@ -30,6 +31,10 @@ class ContextLengthError(InvalidRequestError):
 
     def __init__(self, message: str, *, param: str | None = "prompt") -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class GrammarError(InvalidRequestError):
+    """A request whose grammar could not be followed to its end."""
 
 
 class ModelLoadError(EngineError):

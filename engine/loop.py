@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from stemcache.engine.detokenizer import Detokenizer
-from stemcache.engine.errors import EngineClosedError, EngineError
+from stemcache.engine.errors import EngineClosedError, EngineError, GrammarError
 from stemcache.engine.outputs import Delta, FinishReason
 from stemcache.engine.pins import Pins
 from stemcache.engine.prompts import Prompts
@@ -130,13 +130,21 @@ class EngineLoop:
         self.scheduler.add(self._new_sequence(request))
 
     def _new_sequence(self, request: Request) -> Sequence:
-        index = len(request.sequences)
+        index, params = len(request.sequences), request.params
+        matcher = None
+        if request.grammar is not None:
+            matcher = request.grammar.start(stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos)
         sequence = Sequence(
             request,
             index,
             list(request.prompt),
-            Detokenizer(self._prompts.backend, request.prompt, request.params.stop),
-            TokenChooser(request.params, index, self._runner.device),
+            Detokenizer(
+                self._prompts.backend,
+                request.prompt,
+                params.stop,
+                skip_special_tokens=params.skip_special_tokens,
+            ),
+            TokenChooser(params, index, self._runner.device, matcher),
         )
         request.sequences.append(sequence)
         return sequence
@@ -169,8 +177,14 @@ class EngineLoop:
             for request in {entry.sequence.request: None for entry in step}:
                 self._end(request, failure)
             return
-        for sequence, choice in zip(sequences, chosen, strict=True):
-            self._deliver(sequence, choice)
+        results = list(zip(sequences, chosen, strict=True))
+        failed = {sequence.request: result for sequence, result in results if isinstance(result, GrammarError)}
+        for request, grammar_error in failed.items():
+            log.warning("a request's grammar could not be followed: %s", grammar_error)
+            self._end(request, grammar_error)
+        for sequence, result in results:
+            if isinstance(result, Chosen) and sequence.request not in failed:
+                self._deliver(sequence, result)
 
     def _commit(self, step: list[Scheduled]) -> None:
         """Publish what the step computed; only now may others find it."""
@@ -217,7 +231,8 @@ class EngineLoop:
         piece = sequence.detokenizer.add(token)
         if piece.stopped:
             return "stop", piece.text
-        if sequence.generated >= sequence.request.max_tokens:
+        complete = sequence.chooser.is_complete
+        if complete or sequence.generated >= sequence.request.max_tokens:
             rest = sequence.detokenizer.finish()
-            return ("stop" if rest.stopped else "length"), piece.text + rest.text
+            return ("stop" if complete or rest.stopped else "length"), piece.text + rest.text
         return None, piece.text

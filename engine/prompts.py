@@ -40,11 +40,13 @@ class Prompts:
         messages: Sequence[Mapping[str, Any]],
         *,
         documents: Sequence[Mapping[str, str]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation through the model's chat template.
 
-        Raises InvalidRequestError when there is no template, it refuses the messages, or it has no place for documents.
+        Raises InvalidRequestError when there is no template, it refuses the messages, or it has no place for documents
+        or tools.
         """
         if self._tokenizer is None or not self._tokenizer.chat_template:
             raise InvalidRequestError("this model has no chat template: use completions instead", param="messages")
@@ -53,9 +55,15 @@ class Prompts:
                 "this model's chat template has no place for documents: put their text into a message",
                 param="documents",
             )
+        if tools and self.tool_template is None:
+            raise InvalidRequestError(
+                "this model's chat template has no place for tools: leave them out, or set 'tool_choice' to 'none'",
+                param="tools",
+            )
         try:
             text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
                 documents=[dict(document) for document in documents] if documents else None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
@@ -97,7 +105,17 @@ class Prompts:
     @cached_property
     def _takes_documents(self) -> bool:
         assert self._tokenizer is not None
-        template = self._tokenizer.get_chat_template()
-        return "documents" in meta.find_undeclared_variables(
-            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-        )
+        return "documents" in _variables(self._tokenizer.get_chat_template())
+
+    @cached_property
+    def tool_template(self) -> str | None:
+        """The chat template that shows tools to the model; None where there is none with a place for them."""
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            return None
+        template = str(self._tokenizer.get_chat_template(tools=[{}]))  # some models have one of its own for tools
+        return template if "tools" in _variables(template) else None
+
+
+def _variables(template: str) -> set[str]:
+    """What a chat template takes from outside."""
+    return meta.find_undeclared_variables(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))

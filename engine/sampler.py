@@ -23,7 +23,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stemcache.engine.errors import EngineError
+from stemcache.engine.errors import EngineError, GrammarError
+from stemcache.engine.grammar import GrammarMatcher
 from stemcache.engine.outputs import TokenLogprob
 from stemcache.engine.sampling import SamplingParams
 
@@ -37,10 +38,13 @@ class Chosen:
 
 
 class TokenChooser:
-    """Chooses the tokens of one sequence; owns its random state, which survives preemption."""
+    """Chooses the tokens of one sequence; owns its random state and its grammar's, which survive preemption."""
 
-    def __init__(self, params: SamplingParams, index: int, device: torch.device) -> None:
+    def __init__(
+        self, params: SamplingParams, index: int, device: torch.device, matcher: GrammarMatcher | None = None
+    ) -> None:
         self.params = params
+        self._matcher = matcher
         self._counts: Counter[int] = Counter()
         self._generator = torch.Generator(device=device)
         if params.seed is None:
@@ -61,12 +65,26 @@ class TokenChooser:
             self._warpers.append(MinPLogitsWarper(float(params.min_p)))
 
     def note(self, token: int) -> None:
-        """Record a generated token for the presence and frequency penalties."""
+        """Record a generated token for the presence and frequency penalties, and the grammar. Raises GrammarError."""
         self._counts[token] += 1
+        if self._matcher is not None:
+            self._matcher.advance(token)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a grammar, and nothing may follow what was generated."""
+        return self._matcher is not None and self._matcher.is_complete
 
     def choose(self, logits: Tensor, history: Sequence[int]) -> int:
-        """The next token from raw logits float32[vocabulary], after `history` (prompt and output)."""
+        """The next token from raw logits float32[vocabulary], after `history` (prompt and output). Raises GrammarError.
+
+        The grammar comes before temperature and filters, so that `top_k` and the like choose among what it allows.
+        """
         scores = self._penalised(logits, history)
+        if self._matcher is not None:
+            scores = scores.masked_fill(~self._matcher.allowed().to(scores.device), -torch.inf)
+            if bool(scores.max() == -torch.inf):
+                raise GrammarError("the model rules out every token that the grammar allows next")
         if self.params.temperature == 0:
             return int(scores.argmax())
         scores = self._warpers(None, scores[None])[0]
@@ -91,8 +109,10 @@ class TokenChooser:
         return scores
 
 
-def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], histories: Sequence[Sequence[int]]) -> list[Chosen]:
-    """One token for each row of `logits` float32[n, vocabulary].
+def choose_tokens(
+    logits: Tensor, choosers: Sequence[TokenChooser], histories: Sequence[Sequence[int]]
+) -> list[Chosen | GrammarError]:
+    """One token for each row of `logits` float32[n, vocabulary], or the error that ends its request alone.
 
     Raises EngineError when the model gave NaN, which no sampling rule can mend.
     """
@@ -103,10 +123,14 @@ def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], histories: S
             "the model produced NaN logits: its weights are broken or its dtype overflows; try --dtype float32"
         )
     greedy_ids = greedy.tolist()
-    chosen = []
+    chosen: list[Chosen | GrammarError] = []
     for row, (chooser, history) in enumerate(zip(choosers, histories, strict=True)):
-        token = greedy_ids[row] if chooser.params.is_plain_greedy else chooser.choose(logits[row], history)
-        chooser.note(token)
+        try:
+            token = greedy_ids[row] if chooser.params.is_plain_greedy else chooser.choose(logits[row], history)
+            chooser.note(token)
+        except GrammarError as error:
+            chosen.append(error)
+            continue
         chosen.append(Chosen(token, _logprob(logits[row], token, chooser.params.logprobs)))
     return chosen
 

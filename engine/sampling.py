@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stemcache.engine.errors import InvalidRequestError
+from stemcache.engine.grammar import Grammar
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -35,6 +36,9 @@ class SamplingParams:
         They are those of the raw logits, before temperature and penalties.
     stop: strings that end the text; they are not part of it. stop_token_ids: tokens that end it.
     ignore_eos: go on after the model's end-of-sequence token.
+    grammar: what the text has to follow. It ends where the grammar is complete; before that neither the model nor a
+        stop token can end it, only `max_tokens` and stop strings cut it.
+    skip_special_tokens: leave special tokens out of the text.
 
     Raises InvalidRequestError, naming the parameter.
     """
@@ -54,6 +58,8 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -73,6 +79,8 @@ class SamplingParams:
         _require_int("n", self.n, 1, MAX_CHOICES)
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InvalidRequestError(f"grammar must be a Grammar, got {self.grammar!r}", param="grammar")
         self._check_stops()
 
     def _check_stops(self) -> None:
@@ -91,7 +99,7 @@ class SamplingParams:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the argmax of the raw logits."""
-        return self.temperature == 0 and not self.reshapes_logits
+        return self.temperature == 0 and not self.reshapes_logits and self.grammar is None
 
     @property
     def reshapes_logits(self) -> bool:

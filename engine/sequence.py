@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from stemcache.engine.detokenizer import Detokenizer
+from stemcache.engine.grammar import CompiledGrammar
 from stemcache.engine.outputs import FinishReason, Usage
 from stemcache.engine.sampler import TokenChooser
 from stemcache.engine.sampling import SamplingParams
@@ -38,6 +39,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
     completion_tokens: int = 0
+    grammar: CompiledGrammar | None = None
 
     @property
     def usage(self) -> Usage:

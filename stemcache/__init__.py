@@ -11,11 +11,16 @@ from stemcache._version import __version__
 
 if TYPE_CHECKING:
     from stemcache.engine.engine import Engine
+    from stemcache.engine.grammar import Grammar
     from stemcache.engine.sampling import SamplingParams
 
-__all__ = ["Engine", "SamplingParams", "__version__"]
+__all__ = ["Engine", "Grammar", "SamplingParams", "__version__"]
 
-_HOMES = {"Engine": "stemcache.engine.engine", "SamplingParams": "stemcache.engine.sampling"}
+_HOMES = {
+    "Engine": "stemcache.engine.engine",
+    "Grammar": "stemcache.engine.grammar",
+    "SamplingParams": "stemcache.engine.sampling",
+}
 
 
 def __getattr__(name: str) -> Any:
