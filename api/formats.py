@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from stemcache._version import __version__
 from stemcache.api.generation import Choice, Generation
 from stemcache.api.logprobs import ChatLogprobs, CompletionLogprobs
+from stemcache.api.tool_calls import ToolCallWriter
+from stemcache.api.tools import ToolUse
 from stemcache.engine.outputs import Delta, Usage
 
 if TYPE_CHECKING:
@@ -116,29 +118,42 @@ class ChatFormat(Format):
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def __init__(self, engine: Engine, *, logprobs: bool) -> None:
+    def __init__(self, engine: Engine, *, logprobs: bool, tools: ToolUse | None = None) -> None:
         super().__init__(engine, logprobs=logprobs)
         self._begun: set[int] = set()
         self._writer = ChatLogprobs(engine)
+        self._tools = tools
+        self._calls: dict[int, ToolCallWriter] = {}
 
     def _choice(self, choice: Choice) -> Json:
+        calls = self._call_writer(choice.index)
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": {"role": "assistant", "refusal": None} | calls.message(choice.text),
             "logprobs": self._writer.write(choice.logprobs) if self._logprobs else None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": calls.finish_reason(choice.finish_reason),
         }
+
+    def _call_writer(self, index: int) -> ToolCallWriter:
+        if index not in self._calls:
+            self._calls[index] = ToolCallWriter(None if self._tools is None else self._tools.parser())
+        return self._calls[index]
 
     def _chunk_choices(self, index: int, delta: Delta) -> Iterator[Json]:
         # The role waits for the first token, so that a client's time to first chunk is a time to first token.
         if index not in self._begun:
             self._begun.add(index)
             yield self._chunk_choice(index, {"role": "assistant", "content": ""})
-        if delta.text or delta.logprobs:
-            logprobs = self._writer.write(delta.logprobs) if self._logprobs else None
-            yield self._chunk_choice(index, {"content": delta.text}, logprobs=logprobs)
+        calls = self._call_writer(index)
+        parts = list(calls.parts(delta.text, final=delta.finish_reason is not None))
+        if delta.logprobs and not parts:
+            parts.append({"content": ""})
+        logprobs = self._writer.write(delta.logprobs) if self._logprobs else None
+        for part in parts:
+            yield self._chunk_choice(index, part, logprobs=logprobs)
+            logprobs = None
         if delta.finish_reason is not None:
-            yield self._chunk_choice(index, {}, finish_reason=delta.finish_reason)
+            yield self._chunk_choice(index, {}, finish_reason=calls.finish_reason(delta.finish_reason))
 
     def _chunk_choice(
         self, index: int, delta: Json, *, logprobs: Json | None = None, finish_reason: str | None = None

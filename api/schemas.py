@@ -8,55 +8,21 @@ Ranges of sampling parameters are not repeated here; SamplingParams owns them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
+from stemcache.api.request_model import RequestModel, Text, encodable
+from stemcache.api.structured import ResponseFormat, StructuredOutputs, grammar_of
+from stemcache.api.tools import Tool, ToolCall, ToolChoice
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.sampling import MAX_LOGPROBS, SamplingParams
-
-_NO_OPS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "include_obfuscation"})
-
-
-class RequestModel(BaseModel):
-    """A JSON object of a request. Strict: "16" is no number. Null means that the field was not given."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
-    """Undeclared fields, with the values that ask for nothing."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        declared = cls.model_fields
-        return {
-            name: value
-            for name, value in fields.items()
-            if value is not None
-            and (name in declared or (name not in _NO_OPS and value not in cls.neutral.get(name, ())))
-        }
 
 
 class StreamOptions(RequestModel):
     include_usage: bool = False
 
     neutral = {"continuous_usage_stats": (False,)}
-
-
-def _encodable(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no text: better said here than by the tokenizer."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode, it holds half of a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
 
 
 def _as_list(value: Any) -> Any:
@@ -79,11 +45,13 @@ class SamplingRequest(RequestModel):
     presence_penalty: float | None = None
     priority: int | None = Field(default=None, description="Of your waiting requests the smallest goes first.")
     repetition_penalty: float | None = None
+    response_format: ResponseFormat | None = None
     seed: int | None = None
     stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None)] = None
     stop_token_ids: list[int] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
     temperature: float | None = None
     top_k: int | None = Field(default=None, description="0 or -1: all tokens.")
     top_p: float | None = None
@@ -109,6 +77,7 @@ class SamplingRequest(RequestModel):
         given = {name: getattr(self, name) for name in self.model_fields_set & shared}
         if given.get("top_k") == -1:  # vLLM's spelling of "off"
             given["top_k"] = 0
+        given["grammar"] = grammar_of(self.response_format, self.structured_outputs)
         return given
 
 
@@ -121,7 +90,7 @@ def _parse_prompts(value: Any) -> list[str] | list[list[int]]:
     if not isinstance(prompts, list) or not prompts:
         raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
     if all(isinstance(prompt, str) for prompt in prompts):
-        return [_encodable(prompt) for prompt in prompts]
+        return [encodable(prompt) for prompt in prompts]
     if all(isinstance(prompt, list) and _is_token_ids(prompt) for prompt in prompts):
         return prompts
     raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
@@ -151,7 +120,6 @@ class CompletionRequest(SamplingRequest):
         "min_tokens": (0,),
         "add_special_tokens": (True,),
         "skip_special_tokens": (True,),
-        "response_format": ({"type": "text"},),
     }
 
     def sampling_params(self) -> SamplingParams:
@@ -179,16 +147,27 @@ class Message(RequestModel):
     """A message. Which roles there are is the chat template's business."""
 
     role: Text = Field(min_length=1)
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_call_id: Text | None = None
     content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
     name: Text | None = None
 
     # Clients send the assistant messages that they were given back as they are.
-    neutral = {"tool_calls": ([],), "annotations": ([],)}
+    neutral = {"annotations": ([],)}
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, fields: Any) -> Any:
+        calls = isinstance(fields, dict) and fields.get("tool_calls")
+        return {**fields, "content": []} if calls and fields.get("content") is None else fields
+
+    def for_template(self) -> dict[str, Any]:
         """As chat templates take it; several parts are joined by line breaks, as vLLM does."""
-        message = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
-        return message if self.name is None else message | {"name": self.name}
+        message: dict[str, Any] = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
+        message |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
+        return (
+            message | {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else message
+        )
 
 
 class Document(RequestModel):
@@ -212,6 +191,9 @@ class ChatRequest(SamplingRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     max_completion_tokens: int | None = None
+    parallel_tool_calls: bool = True
+    tool_choice: ToolChoice | None = None
+    tools: list[Tool] = Field(default_factory=list)
 
     neutral = {
         "add_generation_prompt": (True,),
@@ -222,12 +204,9 @@ class ChatRequest(SamplingRequest):
         "function_call": ("none",),
         "min_tokens": (0,),
         "modalities": (["text"],),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "skip_special_tokens": (True,),
         "store": (False,),
-        "tool_choice": ("none",),
-        "tools": ([],),
     }
 
     def sampling_params(self) -> SamplingParams:

@@ -28,6 +28,7 @@ from stemcache.api.limits import BodyLimitMiddleware, Limits
 from stemcache.api.metrics import Metrics
 from stemcache.api.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from stemcache.api.sse import EventStream
+from stemcache.api.tools import ToolUse
 from stemcache.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -94,9 +95,12 @@ class Endpoint:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions, with vLLM's `documents`."""
         self._require_model(body.model)
-        params = body.sampling_params()
-        prompt = await self._encode_chat(body)
-        shape = ChatFormat(self._engine, logprobs=body.logprobs)
+        tools = (
+            await asyncio.to_thread(ToolUse.of, body, self._engine) if body.tools else ToolUse.of(body, self._engine)
+        )
+        params = tools.constrain(body.sampling_params())
+        prompt = await self._encode_chat(body, tools)
+        shape = ChatFormat(self._engine, logprobs=body.logprobs, tools=tools)
         try:
             return await self._answer(body, [prompt], params, shape, request)
         except InvalidRequestError as error:
@@ -136,6 +140,8 @@ class Endpoint:
         shape: Format,
         request: Request,
     ) -> Response:
+        if params.grammar is not None:  # kept for the submissions, so that the event loop does not wait for it
+            await asyncio.to_thread(self._engine.compile_grammar, params.grammar)
         generation = Generation.submit(self._admission.admit(body, len(prompts)), prompts, params)
         if body.stream:
             return EventStream(generation, shape.chunks(generation, include_usage=body.include_usage))
@@ -148,13 +154,13 @@ class Endpoint:
             return self._engine.encode(text)
         return await asyncio.to_thread(self._engine.encode, text)
 
-    async def _encode_chat(self, body: ChatRequest) -> list[int]:
+    async def _encode_chat(self, body: ChatRequest, tools: ToolUse) -> list[int]:
         messages = [message.for_template() for message in body.messages]
         documents = None if body.documents is None else [document.model_dump() for document in body.documents]
         length = sum(len(text) for part in (*messages, *(documents or ())) for text in part.values())
-        if length < _LONG_TEXT:
+        if length < _LONG_TEXT and not tools.offered:
             return self._engine.encode_chat(messages, documents=documents)
-        return await asyncio.to_thread(self._engine.encode_chat, messages, documents=documents)
+        return await asyncio.to_thread(self._engine.encode_chat, messages, documents=documents, tools=tools.offered)
 
     def _require_model(self, name: str | None) -> None:
         if name is not None and name != self._engine.model_name:
