@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from stemcache.engine.grammar import schema_text
 
@@ -25,40 +25,49 @@ class Function:
     arguments: Schema
 
 
+class TokenNames(Protocol):
+    """How a Lark grammar has to name tokens; an Engine is one."""
+
+    def grammar_literal(self, text: str) -> str: ...
+    def grammar_shown_tokens(self, *, but: str) -> str: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """Calls as JSON objects, `{"name": ..., "arguments": {...}}`, and what stands around them.
 
     marker: what a call begins with, or the list of calls where `is_list`; a format without one is a call or text as a
-        whole. arguments: the key of the arguments. before, after: what stands around a call, or the list.
+        whole. closing: what it ends with. before, after: what stands between them and the JSON.
+    arguments: the key of the arguments.
     """
 
     name: str
     marker: str = ""
     before: str = ""
     after: str = ""
+    closing: str = ""
     arguments: str = "arguments"
     is_list: bool = False
 
     def grammar(
         self,
         functions: Sequence[Function],
-        literal: Callable[[str], str],
+        tokens: TokenNames,
         *,
         required: bool,
         parallel: bool,
         answer: Schema | None = None,
     ) -> str:
-        """A Lark grammar: calls of `functions`, or where none is `required` an answer instead.
+        """A Lark grammar: calls of `functions`, or where none is `required` an answer or text instead.
 
-        literal: writes a marker as Lark has to name it. answer: the schema of the answer, None for text.
-        A format without a marker allows one call, as nothing would tell a second one from text.
+        answer: the schema of the answer, None for text. A format without a marker allows one call, as nothing would
+        tell a second one from text.
         """
-        marker = literal(self.marker) if self.marker else ""
-        before, after = (json.dumps(text) if text else "" for text in (self.before, self.after))
         many = parallel and bool(self.marker)
+        marker, closing = (tokens.grammar_literal(text) if text else "" for text in (self.marker, self.closing))
+        before, after = (json.dumps(text) if text else "" for text in (self.before, self.after))
         more_in_list = ' (", " call)*' if many and self.is_list else ""
-        body = f"{before} call{more_in_list} {after}"
+        body = f"{before} call{more_in_list} {after} {closing}"
         more_calls = rf' ("\n" {marker} {body})*' if many and not self.is_list else ""
         rules = [f"calls: {marker} {body}{more_calls}", "call: " + _one_of("call", functions)]
         for i, function in enumerate(functions):
@@ -68,20 +77,25 @@ class ToolFormat:
             return "\n".join(["start: calls", *rules])
         if answer is not None:
             return "\n".join(["start: calls | answer", f"answer: %json {schema_text(answer, 'tools')}", *rules])
+        shown = tokens.grammar_shown_tokens(but=self.marker)
+        rest = f"({shown} TEXT)*" if shown else ""
+        rules.append(r"TEXT: /(.|\n)*/")
         if not marker:
-            return "\n".join(["start: calls | TEXT", r"TEXT: /([^\s{](.|\n)*)?/", *rules])
-        rules += [f"text_call: text_marker {body}", r"TEXT: /(.|\n)*/"]
-        # A special token is no part of a text; a marker that is text ends the text before it where it is first found.
+            return "\n".join([f"start: calls | NO_CALL {rest}", r"NO_CALL: /([^\s{](.|\n)*)?/", *rules])
+        rules.append(f"text_call: {f'(TEXT {shown})*' if shown else ''} text_marker {body}")
+        # A token of its own is no part of a text; a marker that is text ends the text where it is first found.
         rules.append(f"text_marker{'' if marker.startswith('<[') else '[lazy]'}: TEXT {marker}")
-        return "\n".join(["start: text_call* TEXT" if more_calls else "start: text_call | TEXT", *rules])
+        return "\n".join(
+            [f"start: text_call* TEXT {rest}" if more_calls else f"start: text_call | TEXT {rest}", *rules]
+        )
 
 
 def _one_of(rule: str, items: Sequence[object]) -> str:
     return " | ".join(f"{rule}_{i}" for i in range(len(items)))
 
 
-HERMES: Final = ToolFormat("hermes", marker="<tool_call>", before="\n", after="\n</tool_call>")
-MISTRAL: Final = ToolFormat("mistral", marker="[TOOL_CALLS]", before="[", after="]", is_list=True)
+HERMES: Final = ToolFormat("hermes", marker="<tool_call>", before="\n", after="\n", closing="</tool_call>")
+MISTRAL: Final = ToolFormat("mistral", marker="[TOOL_CALLS]", before="[", closing="]", is_list=True)
 LLAMA: Final = ToolFormat("llama", arguments="parameters")
 # For templates of no known form: what the model writes freely cannot be read then, but it can be made to write this.
 PLAIN: Final = ToolFormat("plain")

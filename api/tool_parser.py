@@ -74,7 +74,7 @@ class ToolCallParser:
         head = ("{", '"name"', ":", name, ",", f'"{form.arguments}"', ":", [r"(?=\{)"])
         self._first_head = Phrase(*(["["] if form.is_list else []), *head)
         self._next_head = Phrase(",", *head)
-        self._end = Phrase("}", *([form.after.strip()] if form.after and not form.is_list else []))
+        self._end = Phrase("}", *([form.closing] if form.closing and not form.is_list else []))
         self._is_list = self._in_list = form.is_list
         self._text = ""
         self._head_text = ""  # what the content has to get back if this is no call after all

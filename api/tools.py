@@ -119,12 +119,13 @@ class ToolUse:
     """What a chat request may do with its tools. Made by `of`.
 
     offered: the tools, as the chat template takes them; None to offer none. grammar: what the tools make the output
-    follow; None for nothing.
+    follow; None for nothing. marker_is_special: calls begin with a special token, which has to show in the text.
     """
 
     offered: Sequence[dict[str, Any]] | None = None
     form: ToolFormat | None = None
     grammar: Grammar | None = None
+    marker_is_special: bool = False
 
     @classmethod
     def of(cls, body: ChatRequest, engine: Engine) -> ToolUse:
@@ -151,16 +152,17 @@ class ToolUse:
                 "read: set 'tool_choice' to 'required' or to one function, which works with every template.",
                 param="tool_choice",
             )
-        return cls([tool.for_template() for tool in body.tools], form, _grammar(body, form, mode, engine))
+        offered = [tool.for_template() for tool in body.tools]
+        return cls(offered, form, _grammar(body, form, mode, engine), engine.is_special_token(form.marker))
 
     def constrain(self, params: SamplingParams) -> SamplingParams:
-        """The parameters for the engine: with the tools' grammar, and special tokens where calls begin with one."""
+        """The parameters for the engine."""
         if self.form is None:
             return params
         return dataclasses.replace(
             params,
             grammar=self.grammar,
-            skip_special_tokens=params.skip_special_tokens and not self.form.marker,
+            skip_special_tokens=params.skip_special_tokens and not self.marker_is_special,
         )
 
     def parser(self) -> ToolCallParser | None:
@@ -196,7 +198,7 @@ def _grammar(body: ChatRequest, form: ToolFormat, mode: str, engine: Engine) -> 
     if not functions:
         raise InvalidRequestError("'tool_choice' names a function that is not among the 'tools'.", param="tool_choice")
     parallel = body.parallel_tool_calls and mode != "function"
-    lark = form.grammar(functions, engine.grammar_literal, required=required, parallel=parallel, answer=answer)
+    lark = form.grammar(functions, engine, required=required, parallel=parallel, answer=answer)
     return Grammar.lark(lark, param="tools")
 
 

@@ -150,6 +150,10 @@ class Engine:
         """The text of token ids, special tokens shown; empty without a tokenizer."""
         return self._prompts.decode(tokens)
 
+    def is_special_token(self, text: str) -> bool:
+        """Whether `text` is a special token, which is left out of generated text unless it is asked for."""
+        return self._prompts.is_special(text)
+
     def token_text(self, token_id: int) -> str:
         """The text of one token."""
         return self._prompts.token_text(token_id)
@@ -205,8 +209,15 @@ class Engine:
         return self._grammars.compile(grammar)
 
     def grammar_literal(self, text: str) -> str:
-        """`text` as a Lark grammar has to name it: the special token, where there is one of that name, or a string."""
+        """`text` as a Lark grammar has to name it: the token that the model has for it alone, or else a string."""
         return self._grammars.literal(text)
+
+    def grammar_shown_tokens(self, *, but: str) -> str:
+        """The tokens of their own that show in a text, such as `<think>`, as a Lark grammar has to name them.
+
+        Without the one named `but`; "" if there are none.
+        """
+        return self._grammars.shown_tokens(but=but)
 
     def generate(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None

@@ -111,9 +111,23 @@ class GrammarCompiler:
             raise InvalidRequestError(f"this model's tokenizer cannot be used with a grammar: {error}") from error
 
     def literal(self, text: str) -> str:
-        """`text` in a Lark grammar: its token where the model has a special one for it, else a string."""
-        token = None if self._hf_tokenizer is None else self._hf_tokenizer.backend_tokenizer.token_to_id(text)
-        return f"<[{token}]>" if token is not None and self.tokenizer.is_special_token(token) else json.dumps(text)
+        """`text` in a Lark grammar: its token where the model has one of its own for it, else a string."""
+        return f"<[{self._own_tokens[text]}]>" if text in self._own_tokens else json.dumps(text)
+
+    def shown_tokens(self, *, but: str) -> str:
+        """The tokens of their own that show in a text, such as `<think>`, in a Lark grammar; "" if there are none.
+
+        Without the one named `but`.
+        """
+        added = {} if self._hf_tokenizer is None else self._hf_tokenizer.added_tokens_decoder
+        shown = [i for text, i in self._own_tokens.items() if text != but and not added[i].special]
+        return f"<[{','.join(map(str, shown))}]>" if shown else ""
+
+    @cached_property
+    def _own_tokens(self) -> dict[str, int]:
+        """Added tokens that are no part of a grammar's strings: special ones, and all between `<` and `>`."""
+        added = {} if self._hf_tokenizer is None else self._hf_tokenizer.added_tokens_decoder
+        return {token.content: i for i, token in sorted(added.items()) if self.tokenizer.is_special_token(i)}
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         if len(grammar.source) > MAX_SOURCE_CHARACTERS:

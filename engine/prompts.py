@@ -90,6 +90,12 @@ class Prompts:
             return bytes([int(name[3:-1], 16)])
         return bytes(self._byte_of[char] for char in name if char in self._byte_of)
 
+    def is_special(self, text: str) -> bool:
+        """Whether `text` is a special token, which is left out of generated text."""
+        token = None if self.backend is None else self.backend.token_to_id(text)
+        added = {} if self._tokenizer is None else self._tokenizer.added_tokens_decoder
+        return token in added and bool(added[token].special)
+
     def special_ids(self, texts: Iterable[str | None]) -> frozenset[int]:
         """Ids of the given special tokens, those that exist."""
         if self.backend is None:

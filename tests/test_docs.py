@@ -27,8 +27,10 @@ def url() -> Iterator[str]:
 
 def programs() -> dict[str, str]:
     """All Python that a reader is shown, by where it stands."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    found = {f"README block {i}": block for i, block in enumerate(blocks)}
+    found = {}
+    for document in (ROOT / "README.md", ROOT / "docs" / "structured-outputs.md"):
+        blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+        found |= {f"{document.stem} block {i}": block for i, block in enumerate(blocks)}
     return found | {path.name: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}
 
 
