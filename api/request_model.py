@@ -22,6 +22,9 @@ class RequestModel(BaseModel):
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     """Undeclared fields, with the values that ask for nothing."""
 
+    no_ops: ClassVar[frozenset[str]] = frozenset()
+    """Undeclared fields that ask for nothing, whatever they hold."""
+
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, fields: Any) -> Any:
@@ -32,7 +35,7 @@ class RequestModel(BaseModel):
             name: value
             for name, value in fields.items()
             if value is not None
-            and (name in declared or (name not in _NO_OPS and value not in cls.neutral.get(name, ())))
+            and (name in declared or (name not in _NO_OPS | cls.no_ops and value not in cls.neutral.get(name, ())))
         }
 
 

@@ -154,6 +154,8 @@ class Message(RequestModel):
 
     # Clients send the assistant messages that they were given back as they are.
     neutral = {"annotations": ([],)}
+    # The openai package's `parse` adds this for its caller, and sends it back with the message.
+    no_ops = frozenset({"parsed"})
 
     @model_validator(mode="before")
     @classmethod

@@ -85,8 +85,8 @@ class CalledFunction(RequestModel):
     name: Text
     arguments: Text
 
-    # The openai package's `parse` leaves this in the messages that it returns.
-    neutral = {"parsed_arguments": ()}
+    # The openai package's `parse` adds this for its caller, and sends it back with the message.
+    no_ops = frozenset({"parsed_arguments"})
 
     @field_validator("arguments")
     @classmethod

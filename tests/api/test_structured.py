@@ -39,7 +39,14 @@ AWKWARD: dict[str, dict[str, Any]] = {
         "additionalProperties": False,
     },
     "references": {
-        "$defs": {"leaf": {"type": "object", "properties": {"v": {"enum": [1, 2]}}, "required": ["v"]}},
+        "$defs": {
+            "leaf": {
+                "type": "object",
+                "properties": {"v": {"enum": [1, 2]}},
+                "required": ["v"],
+                "additionalProperties": False,
+            }
+        },
         "type": "object",
         "properties": {"one": {"$ref": "#/$defs/leaf"}, "two": {"$ref": "#/$defs/leaf"}},
         "required": ["one", "two"],
@@ -153,6 +160,7 @@ class Order(BaseModel):
     note: str | None = Field(max_length=4)
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the openai package's own, for its own message
 def test_parse_into_a_model_of_pydantics(client: openai.OpenAI, model: str) -> None:
     parsed = client.chat.completions.parse(
         model=model, messages=MESSAGES, response_format=Order, max_tokens=300, seed=3, temperature=1
@@ -235,7 +243,8 @@ def test_what_cannot_be_enforced_is_refused(
     http: httpx.Client, path: str, change: dict[str, Any], param: str | None, says: str
 ) -> None:
     prompt = {"messages": MESSAGES} if "chat" in path else {"prompt": "a"}
-    response = http.post(path, content=json.dumps(prompt | {"max_tokens": 2} | change))
+    content = json.dumps(prompt | {"max_tokens": 2} | change)
+    response = http.post(path, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert says in error["message"]
