@@ -278,7 +278,7 @@ def test_the_tree_on_the_command_line(
     cache: httpx.Client, small: ServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("keep", "yard"):
-        post(cache, "warm", prompt=DATED.format(name=name, day="Sunday"))
+        post(cache, "warm", prompt=DATED.format(name="tree", day="Sunday") + f" The {name} and its walls are old." * 3)
     assert main(["tree", "--text", "--url", small.url]) == 0
     printed = capsys.readouterr().out
     assert re.match(r"\d+ tokens cached, in chunks of 16\n", printed)
