@@ -121,7 +121,7 @@ def _label(node: Mapping[str, Any]) -> Text:
     use = f"{sharers} sharer{'s' if sharers > 1 else ''}" if sharers else f"idle {node['idle_seconds']:.0f} s"
     label.append(f"  {use}", style="green" if sharers else "dim")
     if "text" in node:
-        label.append(f"  {_plain(node['text'][:60])}", style="not bold")
+        label.append(f"  {_plain(node['text'].strip()[:60])}", style="not bold")
     return label
 
 

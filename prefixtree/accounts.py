@@ -17,9 +17,10 @@ MAX_ACCOUNTS: Final = 4096
 class Account:
     """Tokens and chunks of one namespace, since its account was opened.
 
-    Every token that was acquired is in exactly one of the first four.
+    Every token that was acquired is in exactly one of the four token counts.
 
     Attributes:
+        acquires: prompts that were looked up.
         hit_tokens: were cached.
         evicted_tokens: missed; in chunks that were cached after this very prefix once, and were evicted.
         unfinished_tokens: missed; at the prompt's end, less than a chunk, which is never cached on its own.

@@ -87,13 +87,8 @@ def take_snapshot(
     chunks = list(islice(walk, max_chunks))
     if max_depth is not None:
         chunks = list(takewhile(lambda node: node.depth <= max_depth, chunks))
-    sharers = _sharers(leased)
-    used = {node: node.used for node in chunks}
+    sharers, used = _sharers(leased), _last_used(chunks)
     shown = Counter(node.parent for node in chunks)
-    for node in reversed(chunks):
-        if node.parent in used:
-            used[node.parent] = max(used[node.parent], used[node])
-
     now = time.monotonic()
 
     def branch(chain: Sequence[Node], parent: str | None) -> Branch:
@@ -144,6 +139,16 @@ def _sharers(leased: Iterable[Node]) -> Counter[Node]:
             sharers[_parent(node)] += sharers[node]
             levels[depth - 1].add(_parent(node))
     return sharers
+
+
+def _last_used(chunks: Sequence[Node]) -> dict[Node, float]:
+    """When each chunk was used last: itself, or one below it. Parents come before children in `chunks`."""
+    used = {node: node.used for node in chunks}
+    for node in reversed(chunks):
+        parent = _parent(node)
+        if parent in used:
+            used[parent] = max(used[parent], used[node])
+    return used
 
 
 def _parent(node: Node) -> Node:
