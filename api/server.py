@@ -95,9 +95,7 @@ class Endpoint:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions, with vLLM's `documents`."""
         self._require_model(body.model)
-        tools = (
-            await asyncio.to_thread(ToolUse.of, body, self._engine) if body.tools else ToolUse.of(body, self._engine)
-        )
+        tools = await self._tools_of(body)
         params = tools.constrain(body.sampling_params())
         prompt = await self._encode_chat(body, tools)
         shape = ChatFormat(self._engine, logprobs=body.logprobs, tools=tools)
@@ -125,8 +123,14 @@ class Endpoint:
     async def tokens_of(self, body: CompletionRequest | ChatRequest) -> list[int]:
         """The one prompt of a request of either route, as that route reads it."""
         self._require_model(body.model)
+        if body.cache_salt is not None:
+            raise InvalidRequestError(
+                "'cache_salt' is not supported by this route: it looks after the cache without a salt.",
+                param="cache_salt",
+                code="unsupported_parameter",
+            )
         if isinstance(body, ChatRequest):
-            return await self._encode_chat(body)
+            return await self._encode_chat(body, await self._tools_of(body))
         if len(body.prompt) > 1:
             raise InvalidRequestError("this route takes one prompt, not a list of them", param="prompt")
         prompt = body.prompt[0]
@@ -148,6 +152,11 @@ class Endpoint:
         async with generation:
             choices = await until_disconnect(generation.collect(), request.receive)
         return JSONResponse(shape.response(choices, generation.usage))
+
+    async def _tools_of(self, body: ChatRequest) -> ToolUse:
+        if not body.tools:
+            return ToolUse.of(body, self._engine)
+        return await asyncio.to_thread(ToolUse.of, body, self._engine)  # it reads the chat template
 
     async def _encode(self, text: str) -> list[int]:
         if len(text) < _LONG_TEXT:
