@@ -140,8 +140,8 @@ def test_every_choice_calls_for_itself(caller: openai.OpenAI) -> None:
 
 
 def test_several_calls_in_one_answer(caller: openai.OpenAI, demo_tokenizer: Any) -> None:
-    [newline] = demo_tokenizer.encode("\n", add_special_tokens=False)
-    fields = {"tool_choice": "required", "logit_bias": {str(newline): 100}, "max_tokens": 150}
+    never_end = {str(demo_tokenizer.eos_token_id): -100}
+    fields = {"tool_choice": "required", "tools": TOOLS[:1], "logit_bias": never_end, "max_tokens": 150}
     answer = chat(caller, **fields).choices[0]
     assert answer.finish_reason == "length", "nothing ends the calls but the limit"
     assert len(answer.message.tool_calls) > 1
