@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 
 # Ctrl-C lets running requests finish, this long; a second Ctrl-C ends them at once.
 _GRACE_SECONDS = 30
-# What is left then is cancelled.
-_CANCEL_SECONDS = 1
+# What is left then is cancelled, but for what a slow client has not read yet.
+_CANCEL_SECONDS = 5
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -60,7 +60,10 @@ def serve(options: argparse.Namespace) -> int:
             log_prompts=options.log_prompts,
             show_cache_text=options.show_cache_text,
         )
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_CANCEL_SECONDS)
+        # The application has no lifespan, and ending one by force would be logged as a failure.
+        config = uvicorn.Config(
+            app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=_CANCEL_SECONDS
+        )
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal once more after its shutdown: the normal end
             DrainingServer(config, drain, grace_seconds=_GRACE_SECONDS).run(sockets=[listener])
     return 0

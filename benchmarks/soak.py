@@ -35,7 +35,7 @@ KEYS = {"soak-key-of-alice-0123": "alice", "soak-key-of-bob-012345": "bob"}
 ALICE, BOB = KEYS
 AT_A_TIME = 12
 SEED = 3
-POOL_BYTES = 32 << 20  # small, so that chunks are evicted and sequences preempted all the time
+POOL_BYTES = 32 << 20  # small, so that chunks are evicted all the time
 
 
 @dataclass
