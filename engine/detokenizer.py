@@ -28,7 +28,10 @@ class Piece:
 
 
 class Detokenizer:
-    """The text of one generated sequence. Without a tokenizer all text is empty."""
+    """The text of one generated sequence. Without a tokenizer all text is empty.
+
+    include_stop: the text ends after the stop string, not before it.
+    """
 
     def __init__(
         self,
@@ -37,24 +40,28 @@ class Detokenizer:
         stop: Sequence[str],
         *,
         skip_special_tokens: bool = True,
+        include_stop: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skip_special = skip_special_tokens
+        self._include_stop = include_stop
         self._stop = tuple(stop)
         self._held = ""
         self._tail = list(prompt[-_PROMPT_TAIL:])
         self._tokens: list[int] = []
         self._decoded = 0
-        self._stream = DecodeStream(self._tail, skip_special_tokens=self._skip) if tokenizer is not None else None
+        self._stream = (
+            DecodeStream(self._tail, skip_special_tokens=skip_special_tokens) if tokenizer is not None else None
+        )
 
-    def add(self, token: int) -> Piece:
-        """The text that `token` makes certain."""
+    def add(self, token: int, *, may_stop: bool = True) -> Piece:
+        """The text that `token` makes certain. Unless `may_stop`, a stop string that it completes is plain text."""
         if self._tokenizer is None or self._stream is None:
             return Piece("", False)
         self._tokens.append(token)
         text = self._stream.step(self._tokenizer, token) or ""
         self._decoded += len(text)
-        return self._release(text)
+        return self._release(text, may_stop)
 
     def finish(self) -> Piece:
         """What is left when the sequence ends: unfinished bytes as replacement characters, and held-back text."""
@@ -68,15 +75,16 @@ class Detokenizer:
         """Text that the stream still withholds because its last character is not complete."""
         if self._tokenizer is None:
             return ""
-        before = self._tokenizer.decode(self._tail, skip_special_tokens=self._skip)
-        whole = self._tokenizer.decode(self._tail + self._tokens, skip_special_tokens=self._skip)
+        before = self._tokenizer.decode(self._tail, skip_special_tokens=self._skip_special)
+        whole = self._tokenizer.decode(self._tail + self._tokens, skip_special_tokens=self._skip_special)
         return whole[len(before) + self._decoded :]
 
-    def _release(self, text: str) -> Piece:
+    def _release(self, text: str, may_stop: bool = True) -> Piece:
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            text, self._held = self._held[: min(found)], ""
+        found = [(at, stop) for at, stop in ((self._held.find(stop), stop) for stop in self._stop) if at >= 0]
+        if found and may_stop:
+            at, stop = min(found)
+            text, self._held = self._held[: at + (len(stop) if self._include_stop else 0)], ""
             return Piece(text, True)
         keep = self._possible_stop()
         cut = len(self._held) - keep

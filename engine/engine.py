@@ -36,6 +36,7 @@ from stemcache.engine.runner import ModelRunner
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.sequence import Request
 from stemcache.engine.stream import Stream
+from stemcache.engine.token_rules import TokenRules
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import StoreStats
@@ -44,6 +45,8 @@ from stemcache.prefixtree.store import StoreStats
 # While others decode, a quarter of this is what they have to wait for.
 MAX_STEP_TOKENS = 2048
 MAX_RUNNING = 256
+# Logits of prompts whose log-probabilities are asked for: 256 MiB in float32, 512 rows of a vocabulary of 131,072.
+MAX_STEP_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +80,15 @@ class Engine:
         self.vocab_size = self._runner.vocab_size
         pool_tokens = self._runner.pool.n_chunks * chunk_tokens
         self.max_model_len = min(self._runner.context_length, pool_tokens)
-        eos = _eos_ids(checkpoint)
-        self._grammars = GrammarCompiler(checkpoint.tokenizer, self.vocab_size, eos)
+        self._eos = _eos_ids(checkpoint)
+        self._grammars = GrammarCompiler(checkpoint.tokenizer, self.vocab_size, self._eos)
         self._loop = EngineLoop(
-            self._runner, self._prompts, eos, max_step_tokens=max_step_tokens, max_running=max_running
+            self._runner,
+            self._prompts,
+            self._eos,
+            max_step_tokens=max_step_tokens,
+            max_running=max_running,
+            max_logit_rows=max(1, MAX_STEP_LOGITS // self.vocab_size),
         )
         self.cache = Cache(self._loop, self._runner.layout, self.namespace)
 
@@ -185,9 +193,14 @@ class Engine:
         self._check_tokens(prompt, params)
         room = self._check_length(len(prompt), params)
         grammar = None if params.grammar is None else self.compile_grammar(params.grammar)
+        rules = TokenRules.of(
+            params, eos=self._eos, vocab_size=self.vocab_size, encode=lambda text: self.encode(text, False)
+        )
         stream = Stream(len(prompt), lambda: self._loop.cancel(request))
+        if params.prompt_logprobs is not None:
+            stream.prompt_logprobs.append(None)  # the first token's: nothing stands before it
         namespace = self.namespace(tenant, cache_salt)
-        request = Request(list(prompt), params, namespace, room, stream, tenant, priority, grammar=grammar)
+        request = Request(list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar)
         self._loop.submit(request)
         return stream
 
@@ -252,21 +265,28 @@ class Engine:
     def _check_tokens(self, prompt: Sequence[int], params: SamplingParams) -> None:
         if not prompt:
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
-        named = {"prompt": prompt, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        named = {
+            "prompt": prompt,
+            "logit_bias": params.logit_bias,
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids,
+        }
         for param, tokens in named.items():
-            for token in tokens:
+            for token in tokens or ():
                 if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                     raise InvalidRequestError(
                         f"token ids must be integers from 0 to {self.vocab_size - 1}; got {token!r}", param=param
                     )
         if params.stop and self._prompts.backend is None:
             raise InvalidRequestError("this model has no tokenizer, so there is no text to stop at", param="stop")
+        if params.bad_words and self._prompts.backend is None:
+            raise InvalidRequestError("this model has no tokenizer, so it knows no words", param="bad_words")
 
     def _check_length(self, n_prompt: int, params: SamplingParams) -> int:
         """How many tokens may be generated at most."""
         room = self.max_model_len - n_prompt
         what = "the model" if self.max_model_len == self._runner.context_length else "the pool (see pool_bytes)"
-        if room < 1:
+        if room < (params.max_tokens != 0):
             raise ContextLengthError(
                 f"the prompt has {n_prompt} tokens; {what} holds {self.max_model_len}, "
                 "of which at least one is for the answer"

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from torch import Tensor
+
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.errors import EngineClosedError, EngineError, GrammarError
 from stemcache.engine.outputs import Delta, FinishReason
@@ -21,6 +23,7 @@ from stemcache.engine.prompts import Prompts
 from stemcache.engine.runner import ModelRunner
 from stemcache.engine.sampler import Chosen, TokenChooser, choose_tokens
 from stemcache.engine.scheduler import Scheduled, Scheduler
+from stemcache.engine.scoring import score
 from stemcache.engine.sequence import Request, Sequence
 from stemcache.prefixtree.store import PrefixStore
 
@@ -32,7 +35,14 @@ class EngineLoop:
     """Runs requests until it is closed. `submit`, `cancel`, `call` and `close` may be called from any thread."""
 
     def __init__(
-        self, runner: ModelRunner, prompts: Prompts, eos: frozenset[int], *, max_step_tokens: int, max_running: int
+        self,
+        runner: ModelRunner,
+        prompts: Prompts,
+        eos: frozenset[int],
+        *,
+        max_step_tokens: int,
+        max_running: int,
+        max_logit_rows: int,
     ) -> None:
         self._runner = runner
         self._prompts = prompts
@@ -40,7 +50,9 @@ class EngineLoop:
         pool = runner.pool
         self.store = PrefixStore(pool.n_chunks, runner.layout.chunk_tokens, pool.copy_tokens)
         self.pins = Pins(self.store)
-        self.scheduler = Scheduler(self.store, max_step_tokens=max_step_tokens, max_running=max_running)
+        self.scheduler = Scheduler(
+            self.store, max_step_tokens=max_step_tokens, max_running=max_running, max_logit_rows=max_logit_rows
+        )
         self.generated_tokens = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
@@ -143,8 +155,9 @@ class EngineLoop:
                 request.prompt,
                 params.stop,
                 skip_special_tokens=params.skip_special_tokens,
+                include_stop=params.include_stop_str_in_output,
             ),
-            TokenChooser(params, index, self._runner.device, matcher),
+            TokenChooser(params, index, self._runner.device, rules=request.rules, matcher=matcher),
         )
         request.sequences.append(sequence)
         return sequence
@@ -162,6 +175,8 @@ class EngineLoop:
         try:
             logits = self._runner.run(step)
             self._commit(step)
+            self._score_prompts(step, logits)
+            self._end_unanswered(step)
             rows = self._rows_to_choose(step)
             if not rows:
                 return
@@ -191,14 +206,42 @@ class EngineLoop:
         for entry in step:
             sequence = entry.sequence
             sequence.computed = entry.stop
-            assert sequence.lease is not None
-            sequence.lease.commit(sequence.tokens if entry.completes else sequence.tokens[: entry.stop])
+            lease = sequence.lease
+            assert lease is not None
+            written = lease.written_tokens
+            lease.commit(sequence.tokens if entry.completes else sequence.tokens[: entry.stop])
+            if entry.stop <= len(sequence.request.prompt):
+                sequence.request.written_tokens += lease.written_tokens - written
+
+    def _score_prompts(self, step: list[Scheduled], logits: Tensor) -> None:
+        """Note the log-probabilities of prompts' own tokens, where the step gave logits before them."""
+        row = 0
+        for entry in step:
+            request = entry.sequence.request
+            known = request.stream.prompt_logprobs
+            if 0 < len(known) < len(request.prompt):
+                alternatives = request.params.prompt_logprobs
+                assert alternatives is not None
+                tokens = request.prompt[entry.logits.start + 1 : entry.logits.stop + 1]
+                known += score(logits[row : row + len(tokens)], tokens, alternatives)
+            row += len(entry.logits)
+
+    def _end_unanswered(self, step: list[Scheduled]) -> None:
+        """End the requests that wanted their prompt read and nothing generated."""
+        for request in [e.sequence.request for e in step if e.completes and e.sequence.request.max_tokens == 0]:
+            for index in range(request.params.n):
+                request.stream.push(Delta(index, "", (), (), "length"), request.usage)
+            self._end(request)
 
     def _rows_to_choose(self, step: list[Scheduled]) -> dict[Sequence, int]:
         """The sequences that get a token now, with the row of their logits. A prompt's choices fork here."""
         rows: dict[Sequence, int] = {}
-        for row, entry in enumerate(entry for entry in step if entry.completes):
+        row = -1
+        for entry in step:
+            row += len(entry.logits)
             request = entry.sequence.request
+            if not entry.completes or not request.max_tokens:
+                continue
             rows[entry.sequence] = row
             while len(request.sequences) < request.params.n:
                 child = self._new_sequence(request)
@@ -227,8 +270,9 @@ class EngineLoop:
         params = sequence.request.params
         ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         if ends:
-            return "stop", sequence.detokenizer.finish().text
-        piece = sequence.detokenizer.add(token)
+            last = sequence.detokenizer.add(token).text if params.include_stop_str_in_output else ""
+            return "stop", last + sequence.detokenizer.finish().text
+        piece = sequence.detokenizer.add(token, may_stop=sequence.generated >= params.min_tokens)
         if piece.stopped:
             return "stop", piece.text
         complete = sequence.chooser.is_complete

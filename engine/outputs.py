@@ -10,11 +10,15 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of a chosen token, and the likeliest tokens (id, log-probability) in falling order."""
+    """Natural-log probability of a token, and the likeliest tokens (id, log-probability) in falling order.
+
+    `rank`, of a prompt's tokens only: 1 for the likeliest of the vocabulary.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,16 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request. `cached_tokens` of the prompt were not computed but found in the store."""
+    """Tokens of one request. `cached_tokens` of the prompt were not computed but found in the store.
+
+    `cache_write_tokens` of the prompt were computed and are in the store now, in chunks that this request was the first
+    to publish. Cached and written ones together are at most the prompt.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    cache_write_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,10 +40,12 @@ class ModelRunner:
         self.probe()
 
     def run(self, step: Seq[Scheduled]) -> Tensor:
-        """Compute the step's rows: logits float32[n, vocabulary], a row for each entry that `completes`, in order."""
-        tokens = [token for entry in step for token in entry.sequence.tokens[entry.start : entry.stop]]
-        last_rows = np.cumsum([entry.stop - entry.start for entry in step]) - 1
-        wanted = [int(row) for row, entry in zip(last_rows, step, strict=True) if entry.completes]
+        """Compute the step's rows: logits float32[n, vocabulary], those of each entry's `logits`, in order."""
+        tokens: list[int] = []
+        wanted: list[int] = []
+        for entry in step:
+            wanted += [len(tokens) + position - entry.start for position in entry.logits]
+            tokens += entry.sequence.tokens[entry.start : entry.stop]
         return self._forward([_rows(entry) for entry in step], tokens, wanted)
 
     def probe(self) -> None:

@@ -27,6 +27,7 @@ from stemcache.engine.errors import EngineError, GrammarError
 from stemcache.engine.grammar import GrammarMatcher
 from stemcache.engine.outputs import TokenLogprob
 from stemcache.engine.sampling import SamplingParams
+from stemcache.engine.token_rules import TokenRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,18 @@ class TokenChooser:
     """Chooses the tokens of one sequence; owns its random state and its grammar's, which survive preemption."""
 
     def __init__(
-        self, params: SamplingParams, index: int, device: torch.device, matcher: GrammarMatcher | None = None
+        self,
+        params: SamplingParams,
+        index: int,
+        device: torch.device,
+        *,
+        rules: TokenRules | None = None,
+        matcher: GrammarMatcher | None = None,
     ) -> None:
         self.params = params
+        self._rules = rules
         self._matcher = matcher
+        self._generated = 0
         self._counts: Counter[int] = Counter()
         self._generator = torch.Generator(device=device)
         if params.seed is None:
@@ -64,9 +73,15 @@ class TokenChooser:
         if params.min_p > 0:
             self._warpers.append(MinPLogitsWarper(float(params.min_p)))
 
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next token is the argmax of the raw logits."""
+        return self.params.is_plain_greedy and self._rules is None
+
     def note(self, token: int) -> None:
-        """Record a generated token for the presence and frequency penalties, and the grammar. Raises GrammarError."""
+        """Record a generated token for the penalties, rules and grammar that look at them. Raises GrammarError."""
         self._counts[token] += 1
+        self._generated += 1
         if self._matcher is not None:
             self._matcher.advance(token)
 
@@ -81,10 +96,14 @@ class TokenChooser:
         The grammar comes before temperature and filters, so that `top_k` and the like choose among what it allows.
         """
         scores = self._penalised(logits, history)
+        if self._rules is not None:
+            scores = self._rules.apply(scores, history[len(history) - self._generated :])
         if self._matcher is not None:
             scores = scores.masked_fill(~self._matcher.allowed().to(scores.device), -torch.inf)
             if bool(scores.max() == -torch.inf):
-                raise GrammarError("the model rules out every token that the grammar allows next")
+                raise GrammarError(
+                    "every token that the grammar allows next is ruled out, by the model or by token rules"
+                )
         if self.params.temperature == 0:
             return int(scores.argmax())
         scores = self._warpers(None, scores[None])[0]
@@ -126,7 +145,7 @@ def choose_tokens(
     chosen: list[Chosen | GrammarError] = []
     for row, (chooser, history) in enumerate(zip(choosers, histories, strict=True)):
         try:
-            token = greedy_ids[row] if chooser.params.is_plain_greedy else chooser.choose(logits[row], history)
+            token = greedy_ids[row] if chooser.is_plain_greedy else chooser.choose(logits[row], history)
             chooser.note(token)
         except GrammarError as error:
             chosen.append(error)

@@ -16,13 +16,15 @@ from stemcache.engine.grammar import Grammar
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_BAD_WORDS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose the tokens of one request.
 
-    max_tokens: tokens to generate at most; None for as many as the model and the pool can hold.
+    max_tokens: tokens to generate at most; None for as many as the model and the pool can hold, 0 to only read the
+        prompt.
     temperature: 0 is greedy; otherwise logits are divided by it.
     top_p, top_k, min_p: keep the smallest set of mass `top_p`, the `top_k` likeliest (0: all), those at least `min_p`
         times as likely as the likeliest (arXiv 2407.01082).
@@ -36,9 +38,15 @@ class SamplingParams:
         They are those of the raw logits, before temperature and penalties.
     stop: strings that end the text; they are not part of it. stop_token_ids: tokens that end it.
     ignore_eos: go on after the model's end-of-sequence token.
-    grammar: what the text has to follow. It ends where the grammar is complete; before that neither the model nor a
-        stop token can end it, only `max_tokens` and stop strings cut it.
+    min_tokens: before so many tokens nothing ends the text: tokens that would are not chosen, stop strings not minded.
+    allowed_token_ids: the only tokens to choose from; None for all.
+    bad_words: words that the output may not hold, with or without a space before them.
+    prompt_logprobs: number of alternatives to report with each token of the prompt (0: only its own), None for no
+        log-probabilities of the prompt. Then all of the prompt is computed, for they need its logits.
     skip_special_tokens: leave special tokens out of the text.
+    include_stop_str_in_output: the text keeps the stop string, or the token, that ended it.
+    grammar: what the text has to follow. It ends where the grammar is complete; before that neither the model nor a
+        stop token can end it, only `max_tokens` and stop strings cut it. Once complete, `min_tokens` is not minded.
 
     Raises InvalidRequestError, naming the parameter.
     """
@@ -58,12 +66,17 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    grammar: Grammar | None = None
+    min_tokens: int = 0
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            _require_int("max_tokens", self.max_tokens, 1, None)
+            _require_int("max_tokens", self.max_tokens, 0, None)
         _require_number("temperature", self.temperature, 0.0, 100.0)
         _require_number("top_p", self.top_p, 0.0, 1.0, above=True)
         _require_int("top_k", self.top_k, 0, None)
@@ -79,9 +92,25 @@ class SamplingParams:
         _require_int("n", self.n, 1, MAX_CHOICES)
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _require_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise InvalidRequestError(f"grammar must be a Grammar, got {self.grammar!r}", param="grammar")
         self._check_stops()
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        _require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequestError("allowed_token_ids must name at least one token", param="allowed_token_ids")
+        for token in self.allowed_token_ids or ():
+            _require_int("allowed_token_ids", token, 0, None)
+        if isinstance(self.bad_words, str) or not all(isinstance(word, str) and word for word in self.bad_words):
+            raise InvalidRequestError("bad_words must be a list of non-empty strings", param="bad_words")
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise InvalidRequestError(
+                f"bad_words takes at most {MAX_BAD_WORDS} words, got {len(self.bad_words)}", param="bad_words"
+            )
 
     def _check_stops(self) -> None:
         if isinstance(self.stop, str):

@@ -19,11 +19,18 @@ from stemcache.prefixtree.store import PrefixStore
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Positions [start, stop) of a sequence, to be computed in this step."""
+    """Positions [start, stop) of a sequence, to be computed in this step; those in `logits` give logits."""
 
     sequence: Sequence
     start: int
     stop: int
+    logits: range
+
+    @classmethod
+    def of(cls, sequence: Sequence, count: int) -> Scheduled:
+        """The next `count` tokens of a sequence."""
+        start, stop = sequence.computed, sequence.computed + count
+        return cls(sequence, start, stop, range(max(start, sequence.first_logits), stop))
 
     @property
     def completes(self) -> bool:
@@ -37,12 +44,17 @@ class Scheduler:
     max_step_tokens: tokens of prompts that one step computes, or a quarter of it while others decode and would have
         to wait. Decoding sequences come first and are never held back by it.
     max_running: sequences that hold slots at once.
+    max_logit_rows: rows of logits in one step, beside the last one of each sequence. Only prompts whose own tokens'
+        log-probabilities are asked for have such rows; what does not fit comes in the next step.
     """
 
-    def __init__(self, store: PrefixStore, *, max_step_tokens: int, max_running: int) -> None:
+    def __init__(
+        self, store: PrefixStore, *, max_step_tokens: int, max_running: int, max_logit_rows: int = 1 << 16
+    ) -> None:
         self._store = store
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
+        self._max_logit_rows = max_logit_rows
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -64,14 +76,16 @@ class Scheduler:
         step: dict[Sequence, Scheduled] = {}
         decoding = [s for s in self.running if s.remaining == 1]
         prefilling = [s for s in self.running if s.remaining > 1]
-        budget = max(1, self._max_step_tokens // 4) if decoding else self._max_step_tokens
+        tokens = max(1, self._max_step_tokens // 4) if decoding else self._max_step_tokens
+        budget = _Budget(tokens, self._max_logit_rows)
         for sequence in decoding + prefilling:
-            count = 1 if sequence.remaining == 1 else _piece(sequence, budget)
+            count = 1 if sequence.remaining == 1 else budget.piece(sequence)
             if count == 0 or sequence.lease is None:  # no budget left, or preempted for one scheduled before
                 continue
             if self._make_room(sequence, sequence.computed + count, step):
-                step[sequence] = Scheduled(sequence, sequence.computed, sequence.computed + count)
-                budget -= 0 if count == 1 else count
+                step[sequence] = Scheduled.of(sequence, count)
+                if count > 1:
+                    budget.spend(step[sequence])
         for entry in step.values():
             self.waiting.charge(entry.sequence.request.tenant, entry.stop - entry.start)
         self._admit(step, budget)
@@ -92,25 +106,24 @@ class Scheduler:
             else:
                 return True
 
-    def _admit(self, step: dict[Sequence, Scheduled], budget: int) -> None:
+    def _admit(self, step: dict[Sequence, Scheduled], budget: _Budget) -> None:
         """Start waiting sequences in turn, as far as budget and slots reach."""
         for sequence in self.waiting.in_turn():
-            if budget <= 0 or len(self.running) >= self._max_running:
+            if budget.tokens <= 0 or len(self.running) >= self._max_running:
                 return
-            # The last token is always computed: its logits are what the request wants.
-            prefix, namespace = sequence.tokens[:-1], sequence.request.namespace
+            # The last token at least is always computed: its logits are what the request wants.
+            prefix, namespace = sequence.tokens[: sequence.first_logits], sequence.request.namespace
             if self._store.awaited(prefix, namespace):
                 continue
             if not self._start(sequence):
                 return
-            count = _piece(sequence, budget)
-            step[sequence] = Scheduled(sequence, sequence.computed, sequence.computed + count)
-            self.waiting.charge(sequence.request.tenant, count)
-            budget -= count
+            step[sequence] = entry = Scheduled.of(sequence, budget.piece(sequence))
+            self.waiting.charge(sequence.request.tenant, entry.stop - entry.start)
+            budget.spend(entry)
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a lease with slots for all its tokens; False when there are too few."""
-        lease = self._store.acquire(sequence.tokens[:-1], sequence.request.namespace)
+        lease = self._store.acquire(sequence.tokens[: sequence.first_logits], sequence.request.namespace)
         try:
             lease.reserve(len(sequence.tokens))
         except CapacityError:
@@ -163,12 +176,26 @@ class Scheduler:
         return sorted(found, key=lambda r: r.arrival)
 
 
-def _piece(sequence: Sequence, budget: int) -> int:
-    """Tokens of a sequence to compute with what is left of a step's budget.
+@dataclass(slots=True)
+class _Budget:
+    """What one step may still take: tokens of prompts, and rows of logits beside each sequence's last."""
 
-    All that remain if they exceed the budget by a quarter at most: a small last piece would cost another whole pass
-    over the weights, which on a CPU is as much as a hundred tokens.
-    """
-    if budget <= 0:
-        return 0
-    return sequence.remaining if sequence.remaining <= budget + budget // 4 else budget
+    tokens: int
+    logit_rows: int
+
+    def piece(self, sequence: Sequence) -> int:
+        """Tokens of a sequence to compute with what is left.
+
+        All that remain if they exceed the tokens by a quarter at most: a small last piece would cost another whole pass
+        over the weights, which on a CPU is as much as a hundred tokens.
+        """
+        if self.tokens <= 0:
+            return 0
+        count = sequence.remaining if sequence.remaining <= self.tokens + self.tokens // 4 else self.tokens
+        silent = max(0, sequence.first_logits - sequence.computed)  # tokens before the first that gives logits
+        return min(count, silent + 1 + self.logit_rows)
+
+    def spend(self, entry: Scheduled) -> None:
+        """Take what an entry needs."""
+        self.tokens -= entry.stop - entry.start
+        self.logit_rows -= max(0, len(entry.logits) - 1)

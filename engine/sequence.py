@@ -15,6 +15,7 @@ from stemcache.engine.outputs import FinishReason, Usage
 from stemcache.engine.sampler import TokenChooser
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.stream import Stream
+from stemcache.engine.token_rules import TokenRules
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import Lease
 
@@ -35,15 +36,20 @@ class Request:
     stream: Stream
     tenant: bytes = b""
     priority: int = 0
+    rules: TokenRules | None = None
+    grammar: CompiledGrammar | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
+    written_tokens: int = 0
     completion_tokens: int = 0
-    grammar: CompiledGrammar | None = None
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), self.completion_tokens, self.cached_tokens or 0)
+        cached = self.cached_tokens or 0
+        # Chunks that were published, evicted after a preemption and published again count once.
+        written = min(self.written_tokens, len(self.prompt) - cached)
+        return Usage(len(self.prompt), self.completion_tokens, cached, written)
 
     @property
     def is_finished(self) -> bool:
@@ -67,6 +73,15 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose keys and values are not computed yet; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def first_logits(self) -> int:
+        """The first position whose logits are still wanted; all before it may come from the cache.
+
+        It is the last token's, unless the prompt's own log-probabilities are asked for and not all known.
+        """
+        scored = len(self.request.stream.prompt_logprobs)
+        return scored - 1 if 0 < scored < len(self.request.prompt) else len(self.tokens) - 1
 
     @property
     def generated(self) -> int:

@@ -12,14 +12,20 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 
-from stemcache.engine.outputs import Delta, Usage
+from stemcache.engine.outputs import Delta, TokenLogprob, Usage
 from stemcache.engine.timing import Timing
 
 
 class Stream:
-    """The deltas of one request, in order. Made by `Engine.submit`."""
+    """The deltas of one request, in order. Made by `Engine.submit`.
+
+    Attributes:
+        prompt_logprobs: of the prompt's tokens, where they were asked for, else empty. Complete when the first delta
+            comes. The first token's is None, for nothing stands before it.
+    """
 
     def __init__(self, prompt_tokens: int, cancel: Callable[[], None]) -> None:
+        self.prompt_logprobs: list[TokenLogprob | None] = []
         self._cancel = cancel
         self._deltas: deque[Delta] = deque()
         self._changed = threading.Condition()

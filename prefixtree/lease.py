@@ -27,6 +27,7 @@ class Lease:
 
     Attributes:
         cached_tokens: how many leading tokens need not be computed.
+        written_tokens: how many tokens this lease computed and was the first to publish.
         slots: chunk ids in order, shared ones first. The caller reads it and never changes it; `commit` may replace an
             entry (the chunk turned out to exist already), `reserve` appends. Empty once released.
     """
@@ -36,6 +37,7 @@ class Lease:
         ledger.tree.pin(node)
         live.add(self)
         self.cached_tokens = cached_tokens
+        self.written_tokens = 0
         self.slots = node.path_slots() + tail
         self._ledger = ledger
         self._live = live
@@ -161,8 +163,11 @@ class Lease:
     def _publish(self, chunks: bytes) -> None:
         """Move the first private chunks, whose tokens are `chunks`, to the shared part."""
         for key in self._ledger.tree.keys_of(chunks):
-            parent = self._node
-            self._node = self._ledger.publish(parent, key, self.slots[parent.depth])
+            parent, slot = self._node, self.slots[self._node.depth]
+            self._node = self._ledger.publish(parent, key, slot)
+            if self._node.slot == slot:  # not found to exist already
+                size = self._ledger.tree.chunk_tokens
+                self.written_tokens += size - max(0, self.cached_tokens - parent.depth * size)
             self.slots[parent.depth] = self._node.slot
             self._ledger.tree.unpin(parent)
         if self._claim is not None and self._claim.chunk is None:  # it was another's, who may have given up

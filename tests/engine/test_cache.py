@@ -46,7 +46,7 @@ def test_a_prompt_that_is_being_computed_is_pending(llama_engine):
     def looking(step):
         logits = run(step)
         if not told:  # on the engine's thread, in the middle of the first step
-            engine._loop._inbox.put(lambda: told.append(engine._loop.store.explain(PREFIX, engine._namespace(b""))))
+            engine._loop._inbox.put(lambda: told.append(engine._loop.store.explain(PREFIX, engine.namespace(b""))))
         return logits
 
     engine._runner.run = looking

@@ -222,17 +222,32 @@ def test_it_ends_where_the_grammar_is_complete_and_not_before(engine):
 
 
 def test_a_preempted_choice_goes_on_in_its_grammar():
-    grammar = Grammar.regex("([a-z]{5},){12}end")
+    # a digit is a token, so the answers are longer than a chunk of the pool of three
+    grammar = Grammar.regex("([0-9]{9},){10}end")
     with Engine.load(MODEL_PATH, dtype="float32", pool_bytes=64 << 20) as roomy:
         prompts = [roomy.encode(f"number {i}") for i in range(3)]
-        params = SamplingParams(max_tokens=100, temperature=0, grammar=grammar)
+        params = SamplingParams(max_tokens=120, temperature=0, grammar=grammar)
         expected = [c.text for c in roomy.generate(prompts, params)]
         pool = roomy._runner.layout.bytes_per_chunk * 3
-    assert all(re.fullmatch("([a-z]{5},){12}end", text) for text in expected)
+    assert all(re.fullmatch("([0-9]{9},){10}end", text) for text in expected)
     with Engine.load(MODEL_PATH, dtype="float32", pool_bytes=pool) as tight:
         assert [c.text for c in tight.generate(prompts, params)] == expected
         assert tight.stats().preemptions > 0
         tight.check()
+
+
+def test_token_rules_choose_among_what_the_grammar_allows(engine):
+    digits = [engine.encode(str(digit), False)[0] for digit in range(10)]
+    rules = {"allowed_token_ids": digits[3:5], "temperature": 1.5, "seed": 3}
+    (completion,) = complete(engine, "The code", Grammar.regex("[0-9]{8}"), **rules)
+    assert re.fullmatch("[34]{8}", completion.text)
+
+
+def test_token_rules_that_leave_nothing_of_the_grammar_end_the_request(engine):
+    letter = engine.encode("a", False)
+    with pytest.raises(GrammarError, match="token rules"):
+        complete(engine, "The code", Grammar.regex("[0-9]{8}"), allowed_token_ids=letter)
+    assert complete(engine, "The code", Grammar.regex("[0-9]{2}"))[0].finish_reason == "stop"
 
 
 def test_a_grammar_error_ends_its_own_request_only(engine, monkeypatch):
@@ -254,7 +269,7 @@ def test_a_grammar_error_ends_its_own_request_only(engine, monkeypatch):
 
     monkeypatch.setattr(engine._runner, "run", ruling_out_all_letters_once)
     streams = [engine.submit(prompt, params) for params in (plain, broken, plain)]
-    with pytest.raises(GrammarError, match="rules out"):
+    with pytest.raises(GrammarError, match="ruled out"):
         list(streams[1])
     for stream in (streams[0], streams[2]):
         assert [[token for delta in stream for token in delta.token_ids]] == expected

@@ -22,7 +22,7 @@ from stemcache.engine.sampler import TokenChooser, choose_tokens
 CPU = torch.device("cpu")
 
 BAD = {
-    "max_tokens": [0, -1, 1.5, True],
+    "max_tokens": [-1, 1.5, True],
     "temperature": [-0.1, math.nan, math.inf, 101.0, "hot"],
     "top_p": [0.0, 1.1, math.nan, -1],
     "top_k": [-1, 1.5],
@@ -36,6 +36,10 @@ BAD = {
     "logprobs": [-1, 21],
     "stop": ["word", [""], [1], ["x"] * 17],
     "stop_token_ids": [[-1], [1.5]],
+    "min_tokens": [-1, 17, 1.5],
+    "allowed_token_ids": [[], [-1], [1.5]],
+    "bad_words": ["word", [""], [1], ["x"] * 257],
+    "prompt_logprobs": [-1, 21],
 }
 
 

@@ -372,3 +372,18 @@ def test_check_names_what_is_broken(
     break_it(store, lease)
     with pytest.raises(InvariantError, match=message):
         store.check()
+
+
+def test_a_lease_counts_what_it_computed_and_published_first(make_store: MakeStore, namespace: Namespace) -> None:
+    store = make_store(8)
+    with store.acquire(range(10), namespace) as first, store.acquire(range(10), namespace) as second:
+        for lease in (first, second):
+            lease.reserve(10)
+            lease.commit(list(range(10)))
+        assert (first.written_tokens, second.written_tokens) == (8, 0)
+    other = [0, 1, 2, 3, 4, 5, 9, 9, 9]
+    with store.acquire(other, namespace) as diverging:
+        assert diverging.cached_tokens == 6
+        diverging.reserve(len(other))
+        diverging.commit(other)
+        assert diverging.written_tokens == 2  # of the second chunk two tokens were copied, two computed
