@@ -19,12 +19,14 @@ from stemcache.api.limits import Limits
 from stemcache.api.metrics import Metrics
 from stemcache.api.watched_stream import WatchedStream
 from stemcache.engine.errors import InvalidRequestError
+from stemcache.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from stemcache.api.keys import Tenant
     from stemcache.api.schemas import SamplingRequest
     from stemcache.engine.engine import Engine
-    from stemcache.engine.sampling import SamplingParams
+
+_AFTER_ALL_OTHERS = 1 << 62  # a priority that no request has
 
 
 class QueueFullError(ApiError):
@@ -78,11 +80,11 @@ class Admission:
 
         Raises InvalidRequestError for more choices than the limit, QueueFullError.
         """
-        choices = n_prompts * (body.n or 1)
+        choices = n_prompts * body.choices_generated
         if choices > self._limits.choices:
             raise InvalidRequestError(
-                f"{choices} choices (prompts times 'n') are more than the {self._limits.choices} that one request "
-                "may ask for; send several requests.",
+                f"{choices} choices (prompts times 'n' or 'best_of') are more than the {self._limits.choices} that one "
+                "request may ask for; send several requests.",
                 param="n" if n_prompts == 1 else "prompt",
             )
         context = current()
@@ -106,6 +108,19 @@ class Admission:
         self._live.setdefault(tenant, set()).add(watched)
         return watched
 
+    def read(self, admitted: Admitted, prompt: Sequence[int]) -> None:
+        """Have the engine read a prompt into the tenant's cache, after whatever the tenant waits for.
+
+        Nobody waits for it, so no limit counts it. Raises what `Engine.submit` raises.
+        """
+        self._engine.submit(
+            prompt,
+            SamplingParams(max_tokens=0),
+            tenant=admitted.tenant.id,
+            cache_salt=admitted.cache_salt,
+            priority=_AFTER_ALL_OTHERS,
+        )
+
     def _end(self, tenant: Tenant, stream: WatchedStream) -> None:
         self._live[tenant].remove(stream)
         if not self._live[tenant]:
@@ -125,3 +140,7 @@ class Admitted:
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> WatchedStream:
         """Raises what `Engine.submit` raises."""
         return self.admission.submit(self, prompt, params)
+
+    def read(self, prompt: Sequence[int]) -> None:
+        """Have a prompt read into the cache; nobody waits for it. Raises what `Engine.submit` raises."""
+        self.admission.read(self, prompt)

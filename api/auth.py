@@ -1,4 +1,4 @@
-"""Authentication: who asks. Everything but /health needs a key, what does not exist included.
+"""Authentication: who asks. Everything but /health and /ping needs a key, what does not exist included.
 
 Invariant: past this point a request has a tenant.
 """
@@ -11,6 +11,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stemcache.api.context import current
 from stemcache.api.errors import ApiError, error_response
 from stemcache.api.keys import Keyring, Tenant
+
+# What load balancers ask; /ping is the same for those of some clouds.
+_OPEN = ("/health", "/ping")
 
 
 class InvalidKeyError(ApiError):
@@ -32,7 +35,7 @@ class AuthMiddleware:
         self._anonymous = anonymous
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
             try:
                 current().tenant = self._tenant(Headers(scope=scope).get("authorization"))
             except InvalidKeyError as error:

@@ -28,6 +28,7 @@ _STYLES: Final = {
     "pending": "cyan",
     "evicted": "red",
     "other_position": "magenta",
+    "other_namespace": "magenta",
     "never_seen": "yellow",
 }
 

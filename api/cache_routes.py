@@ -7,18 +7,24 @@ event loop never waits for the engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from fastapi import Body, FastAPI, Query, Request
 from starlette.exceptions import HTTPException
 
-from stemcache.api.cache_schemas import PinPrompt, Prompt, TreeQuery
+from stemcache.api import cache_answers as answers
+from stemcache.api.admission import Admission
+from stemcache.api.answers import documented
+from stemcache.api.cache_schemas import CacheQuery, PinPrompt, Prompt, TreeQuery
 from stemcache.api.disconnect import until_disconnect
 from stemcache.api.errors import NotFoundError
 from stemcache.api.explain import report
+from stemcache.api.generation import Generation
+from stemcache.api.generation import Prompt as Tokens
 from stemcache.api.schemas import ChatRequest, CompletionRequest
 from stemcache.api.tenant import tenant_id
+from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.outputs import Usage
 from stemcache.engine.sampling import SamplingParams
 
@@ -26,89 +32,117 @@ if TYPE_CHECKING:
     from stemcache.engine.cache import CacheStats
     from stemcache.engine.engine import Engine
     from stemcache.engine.pins import PinInfo
-    from stemcache.engine.stream import Stream
 
 Json = dict[str, Any]
-TokensOf = Callable[[CompletionRequest | ChatRequest], Awaitable[list[int]]]
+PromptsOf = Callable[[CompletionRequest | ChatRequest], Awaitable[list[Tokens]]]
+Salted = Annotated[CacheQuery, Query()]
 
 
-class CacheEndpoint:
-    """The routes. `tokens_of` reads a prompt as the completion routes do; `show_text` allows the tree's text."""
+class Owner(TypedDict):
+    """Whose chunks are meant: what `Engine.cache` takes."""
 
-    def __init__(self, engine: Engine, tokens_of: TokensOf, *, show_text: bool) -> None:
+    tenant: bytes
+    cache_salt: bytes
+
+
+def _owner(salt: str | None) -> Owner:
+    return {"tenant": tenant_id(), "cache_salt": (salt or "").encode()}
+
+
+class CacheRoutes:
+    """The routes. `prompts_of` reads prompts as the completion routes do; `show_text` allows the tree's text."""
+
+    def __init__(self, engine: Engine, admission: Admission, prompts_of: PromptsOf, *, show_text: bool) -> None:
         self._engine = engine
+        self._admission = admission
         self._cache = engine.cache
-        self._tokens_of = tokens_of
+        self._prompts_of = prompts_of
         self._show_text = show_text
 
     def add_to(self, app: FastAPI) -> None:
-        app.get("/v1/cache/stats")(self.stats)
-        app.get("/v1/cache/tree")(self.tree)
-        app.post("/v1/cache/explain")(self.explain)
-        app.post("/v1/cache/warm")(self.warm)
-        app.post("/v1/cache/clear")(self.clear)
-        app.get("/v1/cache/pin")(self.pins)
-        app.post("/v1/cache/pin")(self.pin)
-        app.delete("/v1/cache/pin/{pin_id}")(self.unpin)
+        app.get("/v1/cache/stats", **documented(answers.CacheStatistics))(self.stats)
+        app.get("/v1/cache/tree", **documented(answers.CacheTree))(self.tree)
+        app.post("/v1/cache/explain", **documented(answers.CacheExplanation))(self.explain)
+        app.post("/v1/cache/warm", **documented(answers.CacheWarm))(self.warm)
+        app.post("/v1/cache/clear", **documented(answers.CacheClear))(self.clear)
+        app.get("/v1/cache/pin", **documented(answers.CachePins))(self.pins)
+        app.post("/v1/cache/pin", **documented(answers.CachePin))(self.pin)
+        app.delete("/v1/cache/pin/{pin_id}", **documented(answers.CacheUnpin))(self.unpin)
 
-    async def stats(self, request: Request) -> Json:
+    async def stats(self, query: Salted, request: Request) -> Json:
         """What is cached, in the whole pool and of the caller, and what the caller's requests found and missed."""
-        return _stats(await asyncio.to_thread(self._cache.stats, tenant=tenant_id()))
+        return _stats(await asyncio.to_thread(self._cache.stats, **_owner(query.cache_salt)))
 
     async def tree(self, query: Annotated[TreeQuery, Query()], request: Request) -> Json:
         """The caller's prefix tree, level by level and latest first. Unbranched chains of chunks are one node."""
         if query.text and not self._show_text:
             raise HTTPException(403, "This server shows no cached text: start it with --show-cache-text.")
-        return await asyncio.to_thread(self._draw, query, tenant_id())
+        return await asyncio.to_thread(self._draw, query, _owner(query.cache_salt))
 
     async def explain(self, body: Annotated[Prompt, Body()], request: Request) -> Json:
         """Why a completion or chat request, sent as it is, would find this much in the cache and not more."""
         tokens = await self._tokens_of(body)
-        return await asyncio.to_thread(self._explain, tokens, tenant_id())
+        return await asyncio.to_thread(self._explain, tokens, _owner(body.cache_salt))
 
     async def warm(self, body: Annotated[Prompt, Body()], request: Request) -> Json:
         """Compute and cache the prompt of a completion or chat request, without an answer."""
         tokens = await self._tokens_of(body)
-        usage = await self._compute(tokens, request)
-        cached = await asyncio.to_thread(self._cache.cached_tokens, tokens, tenant=tenant_id())
+        usage = await self._compute(body, tokens, request)
+        cached = await asyncio.to_thread(self._cache.cached_tokens, tokens, **_owner(body.cache_salt))
         return {"object": "cache.warm"} | _computed(usage, cached)
 
     async def pin(self, body: Annotated[PinPrompt, Body()], request: Request) -> Json:
         """Warm a prompt, and keep its whole chunks until the pin is deleted, expires, or must give way to a request."""
-        tokens, tenant = await self._tokens_of(body), tenant_id()
-        await asyncio.to_thread(self._cache.require_pin_room, tokens, tenant=tenant)
-        usage = await self._compute(tokens, request)
-        pin = await asyncio.to_thread(self._cache.pin, tokens, seconds=body.ttl_seconds, tenant=tenant)
+        tokens, owner = await self._tokens_of(body), _owner(body.cache_salt)
+        await asyncio.to_thread(self._cache.require_pin_room, tokens, **owner)
+        usage = await self._compute(body, tokens, request)
+        pin = await asyncio.to_thread(self._cache.pin, tokens, seconds=body.ttl_seconds, **owner)
         return _pin(pin) | _computed(usage, pin.tokens)
 
-    async def pins(self, request: Request) -> Json:
+    async def pins(self, query: Salted, request: Request) -> Json:
         """The caller's pins, oldest first."""
-        pins = await asyncio.to_thread(self._cache.pins, tenant=tenant_id())
+        pins = await asyncio.to_thread(self._cache.pins, **_owner(query.cache_salt))
         return {"object": "list", "data": [_pin(pin) for pin in pins]}
 
-    async def unpin(self, pin_id: str, request: Request) -> Json:
+    async def unpin(self, pin_id: str, query: Salted, request: Request) -> Json:
         """End a pin. What it kept stays cached until room is needed."""
-        if not await asyncio.to_thread(self._cache.unpin, pin_id, tenant=tenant_id()):
+        if not await asyncio.to_thread(self._cache.unpin, pin_id, **_owner(query.cache_salt)):
             raise NotFoundError(
                 f"There is no pin '{pin_id}': it was deleted, expired, or gave way to a request that needed its room.",
                 code="pin_not_found",
             )
         return {"id": pin_id, "object": "cache.pin", "deleted": True}
 
-    async def clear(self, request: Request) -> Json:
+    async def clear(self, query: Salted, request: Request) -> Json:
         """Evict the caller's chunks that no request and no pin holds."""
-        cleared = await asyncio.to_thread(self._cache.clear, tenant=tenant_id())
+        cleared = await asyncio.to_thread(self._cache.clear, **_owner(query.cache_salt))
         return {
             "object": "cache.clear",
             "cleared_chunks": cleared,
             "cleared_tokens": cleared * self._cache.chunk_tokens,
         }
 
-    def _explain(self, tokens: list[int], tenant: bytes) -> Json:
-        return report(self._engine.explain(tokens, tenant=tenant), tokens, self._engine.decode)
+    async def _tokens_of(self, body: CompletionRequest | ChatRequest) -> list[int]:
+        prompts = await self._prompts_of(body)
+        if len(prompts) > 1:
+            raise InvalidRequestError("this route takes one prompt, not a list of them", param="prompt")
+        return prompts[0].token_ids
 
-    def _draw(self, query: TreeQuery, tenant: bytes) -> Json:
-        tree = self._cache.tree(query.max_nodes, max_depth=query.depth, with_tokens=query.text, tenant=tenant)
+    async def _compute(self, body: CompletionRequest | ChatRequest, tokens: list[int], request: Request) -> Usage:
+        """Have a prompt computed, and with it cached, as a request that wants no answer."""
+        admitted = self._admission.admit(body, 1)
+        async with Generation.submit(admitted, [Tokens(tokens)], SamplingParams(max_tokens=0)) as generation:
+            await until_disconnect(generation.collect(), request.receive)
+        return generation.usage
+
+    def _explain(self, tokens: list[int], owner: Owner) -> Json:
+        return report(self._engine.explain(tokens, **owner), tokens, self._text)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._engine.prompts.decode(tokens, skip_special_tokens=False)
+
+    def _draw(self, query: TreeQuery, owner: Owner) -> Json:
+        tree = self._cache.tree(query.max_nodes, max_depth=query.depth, with_tokens=query.text, **owner)
         size = tree.chunk_tokens
         return {
             "object": "cache.tree",
@@ -130,22 +164,10 @@ class CacheEndpoint:
                     "hidden_children": branch.hidden_children,
                     "idle_seconds": round(branch.idle_seconds, 3),
                 }
-                | ({"text": self._engine.decode(branch.token_ids)} if query.text else {})
+                | ({"text": self._text(branch.token_ids)} if query.text else {})
                 for branch in tree.branches
             ],
         }
-
-    async def _compute(self, tokens: list[int], request: Request) -> Usage:
-        """Have a prompt computed, and with it cached. One token is chosen, as the end of a prefill, and dropped."""
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        with self._engine.submit(tokens, params, tenant=tenant_id()) as stream:
-            await until_disconnect(_exhaust(stream), request.receive)
-        return stream.usage
-
-
-async def _exhaust(stream: Stream) -> None:
-    async for _ in stream:
-        pass
 
 
 def _computed(usage: Usage, cached_now: int) -> Json:

@@ -50,10 +50,16 @@ PinPrompt = Annotated[
 ]
 
 
-class TreeQuery(BaseModel):
-    """The query of GET /v1/cache/tree."""
+class CacheQuery(BaseModel):
+    """The query of the routes that take no prompt."""
 
     model_config = ConfigDict(extra="forbid")
+
+    cache_salt: str = Field(default="", max_length=1024, description="Of the requests that are meant; none by default.")
+
+
+class TreeQuery(CacheQuery):
+    """The query of GET /v1/cache/tree."""
 
     max_nodes: int = Field(default=500, ge=1, le=MAX_NODES, description="Chunks to walk and show at most.")
     depth: int | None = Field(default=None, ge=1, description="Chunks from the root to go down at most.")

@@ -49,6 +49,12 @@ class ApiError(StemcacheError):
         self.headers = headers
 
 
+def require_model(asked: str | None, served: str) -> None:
+    """Raise ModelNotFoundError if a request names another model than the one that is served."""
+    if asked is not None and asked != served:
+        raise ModelNotFoundError(asked, served)
+
+
 _ROUTING: Final = {404: "There is no such route.", 405: "This route does not take this method."}
 
 

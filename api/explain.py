@@ -19,6 +19,7 @@ WHY: Final = {
     Reason.PARTIAL_CHUNK: "cached as the beginning of a chunk, copied from it",
     Reason.PENDING: "another request is computing it now",
     Reason.EVICTED: "was cached here and has been evicted or cleared",
+    Reason.OTHER_NAMESPACE: "cached, but under another cache_salt of yours, and salts share nothing",
     Reason.OTHER_POSITION: "cached at another position or after another prefix, where it cannot be reused",
     Reason.UNFINISHED_CHUNK: "less than a chunk at the end, which is never cached on its own",
     Reason.NEVER_SEEN: "not seen before",
@@ -83,12 +84,21 @@ def _advice(explanation: Explanation, differs: Difference | None) -> Iterator[st
     if explanation.hit_tokens + count(Reason.LAST_TOKEN) == explanation.n_tokens:
         yield "The whole prompt is cached; only its last token is computed, as always."
         return
-    if differs is not None and _first_miss(explanation) not in (Reason.EVICTED, Reason.PENDING):
+    if differs is not None and _first_miss(explanation) not in (
+        Reason.EVICTED,
+        Reason.PENDING,
+        Reason.OTHER_NAMESPACE,
+    ):
         yield _divergence_advice(explanation, differs)
     elif moved := count(Reason.OTHER_POSITION):
         yield (
             f"{_tokens(moved)} cached at another position or after another prefix. Keys and values depend on all "
             "before them: keep system prompt and documents in the same order from request to request."
+        )
+    if elsewhere := count(Reason.OTHER_NAMESPACE):
+        yield (
+            f"{_tokens(elsewhere)} cached under another cache_salt of yours: requests share nothing unless their salts "
+            "are the same."
         )
     if evicted := count(Reason.EVICTED):
         yield (

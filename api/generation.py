@@ -7,17 +7,25 @@ Choice j of prompt i has index i * n + j, as OpenAI numbers them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from stemcache.engine.outputs import Delta, FinishReason, TokenLogprob, Usage
+from stemcache.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from stemcache.api.admission import Admitted
     from stemcache.api.watched_stream import WatchedStream
-    from stemcache.engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off."""
+
+    token_ids: list[int]
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +38,12 @@ class IndexedDelta:
 
 @dataclass(slots=True)
 class Choice:
-    """All that was generated for one choice."""
+    """All that was generated for one choice; `prompt` is the index of the prompt that it continues."""
 
     index: int
+    prompt: int
     texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -43,30 +53,41 @@ class Choice:
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
         self.logprobs.extend(delta.logprobs)
         self.finish_reason = delta.finish_reason
 
 
 class Generation:
-    """Several streams, read as one. Made by `submit`."""
+    """Several streams, read as one. Made by `submit`.
 
-    def __init__(self, streams: Sequence[WatchedStream], n: int) -> None:
+    Attributes:
+        prompts: what was submitted.
+        choices: all of them, by index, once all deltas were read.
+        when_complete: called with them then.
+    """
+
+    def __init__(self, admitted: Admitted, prompts: Sequence[Prompt], streams: Sequence[WatchedStream], n: int) -> None:
+        self.prompts = prompts
+        self.when_complete: Callable[[list[Choice]], None] | None = None
+        self._admitted = admitted
         self._streams = streams
+        self.choices: list[Choice] = []
         self._n = n
         self._pumps: list[asyncio.Task[None]] = []
 
     @classmethod
-    def submit(cls, admitted: Admitted, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Generation:
+    def submit(cls, admitted: Admitted, prompts: Sequence[Prompt], params: SamplingParams) -> Generation:
         """Submit all prompts, or none. Raises InvalidRequestError, EngineClosedError."""
         streams: list[WatchedStream] = []
         try:
             for prompt in prompts:
-                streams.append(admitted.submit(list(prompt), params))
+                streams.append(admitted.submit(prompt.token_ids, params))
         except BaseException:
             for stream in streams:
                 stream.cancel()
             raise
-        return cls(streams, params.n)
+        return cls(admitted, prompts, streams, params.n)
 
     @property
     def usage(self) -> Usage:
@@ -76,7 +97,16 @@ class Generation:
             prompt_tokens=sum(usage.prompt_tokens for usage in usages),
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             cached_tokens=sum(usage.cached_tokens for usage in usages),
+            cache_write_tokens=sum(usage.cache_write_tokens for usage in usages),
         )
+
+    def prompt_index(self, choice: int) -> int:
+        """Which prompt a choice belongs to."""
+        return choice // self._n
+
+    def prompt_logprobs(self, prompt: int) -> list[TokenLogprob | None]:
+        """Of a prompt's own tokens, where they were asked for; complete when the prompt's first delta has come."""
+        return self._streams[prompt].prompt_logprobs
 
     async def __aenter__(self) -> Generation:
         return self
@@ -97,6 +127,7 @@ class Generation:
             asyncio.create_task(self._pump(stream, index * self._n, arrived))
             for index, stream in enumerate(self._streams)
         ]
+        choices = [Choice(index, self.prompt_index(index)) for index in range(len(self._streams) * self._n)]
         running = len(self._pumps)
         while running:
             item = await arrived.get()
@@ -105,14 +136,21 @@ class Generation:
             if item is None:
                 running -= 1
             else:
+                choices[item.choice].add(item.delta)
                 yield item
+        self.choices = choices
+        if self.when_complete is not None:
+            self.when_complete(choices)
 
     async def collect(self) -> list[Choice]:
         """All choices, complete, by index."""
-        choices = [Choice(index) for index in range(len(self._streams) * self._n)]
-        async for item in self.deltas():
-            choices[item.choice].add(item.delta)
-        return choices
+        async for _ in self.deltas():
+            pass
+        return self.choices
+
+    def read(self, token_ids: list[int]) -> None:
+        """Have the engine read tokens into the cache, on behalf of the same client; nobody waits for it."""
+        self._admitted.read(token_ids)
 
     async def _pump(
         self, stream: WatchedStream, first_choice: int, arrived: asyncio.Queue[IndexedDelta | Exception | None]

@@ -7,9 +7,9 @@ change nothing: it is null, or a no-op for any server without accounts, or asks 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 _NO_OPS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "include_obfuscation"})
 
@@ -39,13 +39,6 @@ class RequestModel(BaseModel):
         }
 
 
-def encodable(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no text: better said here than by the tokenizer."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode, it holds half of a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(encodable)]
+def with_examples(*examples: dict[str, Any]) -> ConfigDict:
+    """For the OpenAPI description: requests that can be sent as they are."""
+    return ConfigDict(json_schema_extra={"examples": list(examples)})

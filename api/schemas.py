@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from stemcache.api.request_model import RequestModel, Text, encodable
+from stemcache.api.cache_hints import ImplicitCacheOptions
+from stemcache.api.formats import AnswerOptions
+from stemcache.api.messages import Message, TemplateFields
+from stemcache.api.request_model import RequestModel, with_examples
 from stemcache.api.structured import ResponseFormat, StructuredOutputs, grammar_of
-from stemcache.api.tools import Tool, ToolCall, ToolChoice
+from stemcache.api.texts import Prompts, Text
+from stemcache.api.tools import ToolChoice
 from stemcache.engine.errors import InvalidRequestError
-from stemcache.engine.sampling import MAX_LOGPROBS, SamplingParams
+from stemcache.engine.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 
 class StreamOptions(RequestModel):
     include_usage: bool = False
-
-    neutral = {"continuous_usage_stats": (False,)}
+    continuous_usage_stats: bool = Field(default=False, description="Usage so far in every chunk.")
 
 
 def _as_list(value: Any) -> Any:
@@ -33,20 +36,30 @@ class SamplingRequest(RequestModel):
     """What both routes share."""
 
     model: str | None = Field(default=None, description="The served model's id; may be left out, there is only one.")
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[Text] | None = None
     cache_salt: Annotated[Text, Field(min_length=1, max_length=1024)] | None = Field(
         default=None, description="Requests with different salts never find each other's chunks."
     )
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     max_tokens: int | None = None
     min_p: float | None = None
+    min_tokens: int | None = None
     n: int | None = None
     presence_penalty: float | None = None
     priority: int | None = Field(default=None, description="Of your waiting requests the smallest goes first.")
+    prompt_cache_options: ImplicitCacheOptions = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    prompt_logprobs: int | None = Field(default=None, description="Alternatives to report with each prompt token.")
     repetition_penalty: float | None = None
     response_format: ResponseFormat | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     seed: int | None = None
+    skip_special_tokens: bool | None = None
     stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None)] = None
     stop_token_ids: list[int] | None = None
     stream: bool = False
@@ -55,16 +68,40 @@ class SamplingRequest(RequestModel):
     temperature: float | None = None
     top_k: int | None = Field(default=None, description="0 or -1: all tokens.")
     top_p: float | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, description="Keep the last so many tokens of a prompt.")
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> SamplingRequest:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("'stream_options' needs 'stream': true.", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError(
+                "'prompt_logprobs' come with the whole answer only: leave 'stream' out.", param="prompt_logprobs"
+            )
         return self
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def choices_wanted(self) -> int:
+        """Of each prompt."""
+        return self.n or 1
+
+    @property
+    def choices_generated(self) -> int:
+        """Of each prompt; the best of them are those wanted."""
+        return self.choices_wanted
+
+    def answer_options(self, params: SamplingParams) -> AnswerOptions:
+        """What to tell beside the text."""
+        options = self.stream_options or StreamOptions()
+        return AnswerOptions(
+            logprobs=params.logprobs,
+            prompt_logprobs=self.prompt_logprobs is not None,
+            token_ids=self.return_token_ids,
+            tokens_as_ids=self.return_tokens_as_token_ids,
+            special_hidden=params.skip_special_tokens,
+            usage_last=options.include_usage,
+            usage_always=options.continuous_usage_stats,
+        )
 
     def sampling_params(self) -> SamplingParams:
         """Raises InvalidRequestError."""
@@ -81,135 +118,101 @@ class SamplingRequest(RequestModel):
         return given
 
 
-def _parse_prompts(value: Any) -> list[str] | list[list[int]]:
-    """The four forms of `prompt` as a list of prompts.
-
-    By hand, as pydantic would try each of the four forms on each element and report the failures of all of them.
-    """
-    prompts = [value] if isinstance(value, str) or (isinstance(value, list) and _is_token_ids(value)) else value
-    if not isinstance(prompts, list) or not prompts:
-        raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
-    if all(isinstance(prompt, str) for prompt in prompts):
-        return [encodable(prompt) for prompt in prompts]
-    if all(isinstance(prompt, list) and _is_token_ids(prompt) for prompt in prompts):
-        return prompts
-    raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
-
-
-def _is_token_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(token) is int for token in value)
-
-
-Prompts = Annotated[
-    list[str] | list[list[int]],
-    PlainValidator(_parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-]
-
-
 class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
+    model_config = with_examples(
+        {"prompt": "The code of Velmora is", "max_tokens": 8, "temperature": 0},
+        {"prompt": ["One", "Two"], "max_tokens": 2, "n": 2, "logprobs": 2, "echo": True, "seed": 1},
+        {"prompt": [[5, 6, 7]], "max_tokens": 0, "echo": True, "logprobs": 0, "prompt_logprobs": 1},
+        {"prompt": "A", "max_tokens": 3, "stream": True, "return_token_ids": True},
+        {"prompt": "A", "max_tokens": 3, "best_of": 3, "return_tokens_as_token_ids": True},
+    )
+
     prompt: Prompts
-    best_of: int | None = None
+    add_special_tokens: bool = True
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    echo: bool = False
     logprobs: int | None = Field(default=None, description="Alternatives to report with each token.")
 
     neutral = {
-        "echo": (False,),
         "store": (False,),
         "suffix": ("",),
-        "min_tokens": (0,),
-        "add_special_tokens": (True,),
-        "skip_special_tokens": (True,),
     }
 
+    @property
+    def choices_generated(self) -> int:
+        return self.best_of or self.choices_wanted
+
     def sampling_params(self) -> SamplingParams:
-        if self.best_of not in (None, self.n or 1):
+        """Of all choices that are to be generated: `best_of`, where it is given, not `n`."""
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequestError("'max_tokens' may be 0 with 'echo' only; give at least 1.", param="max_tokens")
+        given, logprobs = self._given(), self.logprobs
+        if self.echo and logprobs is not None:
+            given["prompt_logprobs"] = max(logprobs, self.prompt_logprobs or 0)
+        if self.best_of is not None and self.best_of != self.choices_wanted:
+            self._check_best_of(self.best_of)
+            given["n"], logprobs = self.best_of, logprobs or 0
+        return SamplingParams(**given, logprobs=logprobs)
+
+    def answer_options(self, params: SamplingParams) -> AnswerOptions:
+        return dataclasses.replace(super().answer_options(params), logprobs=self.logprobs, echo=self.echo)
+
+    def _check_best_of(self, best_of: int) -> None:
+        if best_of < self.choices_wanted:
+            raise InvalidRequestError("'best_of' must be at least 'n'.", param="best_of")
+        if self.stream:
             raise InvalidRequestError(
-                "'best_of' is not supported, unless it equals 'n'.", param="best_of", code="unsupported_parameter"
+                "'best_of' cannot be streamed: which choices are the best is known at the end.", param="best_of"
             )
-        return SamplingParams(**self._given(), logprobs=self.logprobs)
 
 
-class TextPart(RequestModel):
-    """A content part. Parts of other types are refused."""
-
-    type: Literal["text"]
-    text: Text
-
-
-def _as_parts(value: Any) -> Any:
-    if value is None:
-        raise ValueError("must be a string or a list of text parts")
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class Message(RequestModel):
-    """A message. Which roles there are is the chat template's business."""
-
-    role: Text = Field(min_length=1)
-    tool_calls: list[ToolCall] = Field(default_factory=list)
-    tool_call_id: Text | None = None
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
-    name: Text | None = None
-
-    # Clients send the assistant messages that they were given back as they are.
-    neutral = {"annotations": ([],)}
-    # The openai package's `parse` adds this for its caller, and sends it back with the message.
-    no_ops = frozenset({"parsed"})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _calls_need_no_content(cls, fields: Any) -> Any:
-        calls = isinstance(fields, dict) and fields.get("tool_calls")
-        return {**fields, "content": []} if calls and fields.get("content") is None else fields
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates take it; several parts are joined by line breaks, as vLLM does."""
-        message: dict[str, Any] = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
-        message |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
-        return (
-            message | {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else message
-        )
-
-
-class Document(RequestModel):
-    """A retrieved document."""
-
-    text: Text
-    title: Text = ""
-
-
-def _as_document(value: Any) -> Any:
-    return {"text": value} if isinstance(value, str) else value
-
-
-class ChatRequest(SamplingRequest):
+class ChatRequest(TemplateFields, SamplingRequest):
     """POST /v1/chat/completions."""
 
+    model_config = with_examples(
+        {"messages": [{"role": "user", "content": "What is the code of Velmora?"}], "max_tokens": 8},
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "What is its code?"}]}],
+            "documents": [{"title": "Velmora", "text": "The code of Velmora is 7392."}, "Another text."],
+            "max_completion_tokens": 4,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "prompt_logprobs": 1,
+            "return_token_ids": True,
+        },
+        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True},
+    )
+
     messages: list[Message] = Field(min_length=1)
-    documents: (
-        list[Annotated[Document, BeforeValidator(_as_document, json_schema_input_type=str | Document)]] | None
-    ) = Field(default=None, description="Retrieved documents, in the order in which the chat template is to show them.")
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     max_completion_tokens: int | None = None
     parallel_tool_calls: bool = True
+    reasoning_effort: Text | None = Field(default=None, description="For chat templates that have such a variable.")
     tool_choice: ToolChoice | None = None
-    tools: list[Tool] = Field(default_factory=list)
 
     neutral = {
-        "add_generation_prompt": (True,),
-        "add_special_tokens": (False,),
-        "chat_template_kwargs": ({},),
-        "continue_final_message": (False,),
+        "echo": (False,),
         "functions": ([],),
         "function_call": ("none",),
-        "min_tokens": (0,),
         "modalities": (["text"],),
         "service_tier": ("auto", "default"),
-        "skip_special_tokens": (True,),
         "store": (False,),
     }
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return super().template_kwargs | effort
+
+    def name_of(self, param: str | None) -> str | None:
+        """The field of this request that the engine, which knows nothing of messages, calls `param`."""
+        if param == "prompt":
+            return "messages"
+        own_effort = self.reasoning_effort is not None and param == "chat_template_kwargs.reasoning_effort"
+        return "reasoning_effort" if own_effort else param
 
     def sampling_params(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
@@ -219,6 +222,8 @@ class ChatRequest(SamplingRequest):
             raise InvalidRequestError(
                 "'max_tokens' and 'max_completion_tokens' differ; give one of them.", param="max_completion_tokens"
             )
+        if 0 in limits:
+            raise InvalidRequestError("'max_tokens' must be at least 1; an answer has tokens.", param="max_tokens")
         # Chat has no default limit: without one an answer ends when the model ends it, or the context is full.
         given = self._given() | {"max_tokens": limits.pop() if limits else None}
         return SamplingParams(**given, logprobs=(self.top_logprobs or 0) if self.logprobs else None)

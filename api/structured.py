@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stemcache.api.request_model import RequestModel, Text
+from stemcache.api.request_model import RequestModel
+from stemcache.api.texts import Text
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.grammar import Grammar
 

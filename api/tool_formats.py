@@ -26,10 +26,10 @@ class Function:
 
 
 class TokenNames(Protocol):
-    """How a Lark grammar has to name tokens; an Engine is one."""
+    """How a Lark grammar has to name tokens; an engine's `grammars` knows."""
 
-    def grammar_literal(self, text: str) -> str: ...
-    def grammar_shown_tokens(self, *, but: str) -> str: ...
+    def literal(self, text: str) -> str: ...
+    def shown_tokens(self, *, but: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class ToolFormat:
         tell a second one from text.
         """
         many = parallel and bool(self.marker)
-        marker, closing = (tokens.grammar_literal(text) if text else "" for text in (self.marker, self.closing))
+        marker, closing = (tokens.literal(text) if text else "" for text in (self.marker, self.closing))
         before, after = (json.dumps(text) if text else "" for text in (self.before, self.after))
         more_in_list = ' (", " call)*' if many and self.is_list else ""
         body = f"{before} call{more_in_list} {after} {closing}"
@@ -77,7 +77,7 @@ class ToolFormat:
             return "\n".join(["start: calls", *rules])
         if answer is not None:
             return "\n".join(["start: calls | answer", f"answer: %json {schema_text(answer, 'tools')}", *rules])
-        shown = tokens.grammar_shown_tokens(but=self.marker)
+        shown = tokens.shown_tokens(but=self.marker)
         rest = f"({shown} TEXT)*" if shown else ""
         rules.append(r"TEXT: /(.|\n)*/")
         if not marker:

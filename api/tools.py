@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from stemcache.api.request_model import RequestModel, Text
+from stemcache.api.request_model import RequestModel
+from stemcache.api.texts import Text
 from stemcache.api.tool_formats import PLAIN, Function, ToolFormat, detect
 from stemcache.api.tool_parser import ToolCallParser
 from stemcache.engine.errors import InvalidRequestError
@@ -139,7 +140,7 @@ class ToolUse:
             return cls()
         if mode == "none":
             return cls()
-        template = engine.tool_template()
+        template = engine.prompts.tool_template
         if template is None:
             raise InvalidRequestError(
                 "This model's chat template has no place for tools: leave them out, or set 'tool_choice' to 'none'.",
@@ -153,7 +154,7 @@ class ToolUse:
                 param="tool_choice",
             )
         offered = [tool.for_template() for tool in body.tools]
-        return cls(offered, form, _grammar(body, form, mode, engine), engine.is_special_token(form.marker))
+        return cls(offered, form, _grammar(body, form, mode, engine), engine.prompts.is_special_text(form.marker))
 
     def constrain(self, params: SamplingParams) -> SamplingParams:
         """The parameters for the engine."""
@@ -198,7 +199,7 @@ def _grammar(body: ChatRequest, form: ToolFormat, mode: str, engine: Engine) -> 
     if not functions:
         raise InvalidRequestError("'tool_choice' names a function that is not among the 'tools'.", param="tool_choice")
     parallel = body.parallel_tool_calls and mode != "function"
-    lark = form.grammar(functions, engine, required=required, parallel=parallel, answer=answer)
+    lark = form.grammar(functions, engine.grammars, required=required, parallel=parallel, answer=answer)
     return Grammar.lark(lark, param="tools")
 
 
@@ -211,5 +212,5 @@ def _arguments(function: FunctionDefinition, param: str, engine: Engine, require
     """The schema that a function's arguments have to follow: its own, where a call is required or it is strict."""
     if not (required or function.strict):
         return _ANY_ARGUMENTS
-    engine.compile_grammar(Grammar.json_schema(function.parameters, param=param))  # here an error can say which it is
+    engine.grammars.compile(Grammar.json_schema(function.parameters, param=param))  # here an error can say which it is
     return function.parameters

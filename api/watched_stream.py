@@ -13,7 +13,7 @@ from typing import ClassVar
 from stemcache.api.context import Outcome, RequestContext
 from stemcache.api.errors import ApiError
 from stemcache.api.metrics import Metrics
-from stemcache.engine.outputs import Delta, Usage
+from stemcache.engine.outputs import Delta, TokenLogprob, Usage
 from stemcache.engine.stream import Stream
 
 
@@ -56,6 +56,10 @@ class WatchedStream:
     @property
     def usage(self) -> Usage:
         return self._stream.usage
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None]:
+        return self._stream.prompt_logprobs
 
     @property
     def waits(self) -> bool:

@@ -1,7 +1,8 @@
 """The cache as its owner may look at it and change it: statistics, a picture, explanations, pins, clearing.
 
-Invariant: every method works on one tenant's namespace and sees nothing of another's. All of them wait for the engine's
-running step, so they belong on a thread that may wait, never on an event loop.
+Invariant: every method works on one namespace, that of a tenant or of one of its salts, and sees nothing of another
+tenant's. All of them wait for the engine's running step, so they belong on a thread that may wait, never on an event
+loop.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.pins import PinInfo
+from stemcache.engine.salts import Salts
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.namespace import Namespace
@@ -29,10 +31,13 @@ class CacheStats:
 
 
 class Cache:
-    """`Engine.cache`. `tenant` is what `Engine.submit` takes. Every method raises EngineClosedError."""
+    """`Engine.cache`. `tenant` and `cache_salt` are what `Engine.submit` takes. All methods raise EngineClosedError."""
 
-    def __init__(self, loop: EngineLoop, layout: KVLayout, namespace: Callable[[bytes], Namespace]) -> None:
+    def __init__(
+        self, loop: EngineLoop, layout: KVLayout, namespace: Callable[[bytes, bytes], Namespace], salts: Salts
+    ) -> None:
         self._loop = loop
+        self._salts = salts
         self._layout = layout
         self._namespace = namespace
 
@@ -40,9 +45,9 @@ class Cache:
     def chunk_tokens(self) -> int:
         return self._layout.chunk_tokens
 
-    def stats(self, *, tenant: bytes = b"") -> CacheStats:
+    def stats(self, *, tenant: bytes = b"", cache_salt: bytes = b"") -> CacheStats:
         """A consistent snapshot, taken between two steps."""
-        store, namespace = self._loop.store, self._namespace(tenant)
+        store, namespace = self._loop.store, self._namespace(tenant, cache_salt)
         return self._loop.call(
             lambda: CacheStats(
                 self._layout,
@@ -53,49 +58,58 @@ class Cache:
         )
 
     def tree(
-        self, max_chunks: int, *, max_depth: int | None = None, with_tokens: bool = False, tenant: bytes = b""
+        self,
+        max_chunks: int,
+        *,
+        max_depth: int | None = None,
+        with_tokens: bool = False,
+        tenant: bytes = b"",
+        cache_salt: bytes = b"",
     ) -> TreeSnapshot:
         """A picture of up to `max_chunks` chunks, down to `max_depth` chunks from the root."""
-        namespace = self._namespace(tenant)
+        namespace = self._namespace(tenant, cache_salt)
         return self._loop.call(
             lambda: self._loop.store.snapshot(namespace, max_chunks, max_depth=max_depth, with_tokens=with_tokens)
         )
 
-    def explain(self, prompt: Sequence[int], *, tenant: bytes = b"") -> Explanation:
+    def explain(self, prompt: Sequence[int], *, tenant: bytes = b"", cache_salt: bytes = b"") -> Explanation:
         """What a request with this prompt would find now, and why not more. Its last token is computed in any case."""
-        namespace = self._namespace(tenant)
-        return self._loop.call(lambda: self._loop.store.explain(prompt, namespace, n_last=min(1, len(prompt))))
+        namespace, n_last = self._namespace(tenant, cache_salt), min(1, len(prompt))
+        others = [self._namespace(tenant, salt) for salt in self._salts.of(tenant) if salt != cache_salt]
+        return self._loop.call(lambda: self._loop.store.explain(prompt, namespace, n_last, others))
 
-    def cached_tokens(self, prompt: Sequence[int], *, tenant: bytes = b"") -> int:
+    def cached_tokens(self, prompt: Sequence[int], *, tenant: bytes = b"", cache_salt: bytes = b"") -> int:
         """How many leading tokens are cached now."""
-        namespace = self._namespace(tenant)
+        namespace = self._namespace(tenant, cache_salt)
         return self._loop.call(lambda: self._loop.store.match_tokens(prompt, namespace))
 
-    def clear(self, *, tenant: bytes = b"") -> int:
+    def clear(self, *, tenant: bytes = b"", cache_salt: bytes = b"") -> int:
         """Evict the tenant's chunks that no request and no pin holds; returns how many."""
-        namespace = self._namespace(tenant)
+        namespace = self._namespace(tenant, cache_salt)
         return self._loop.call(lambda: self._loop.store.clear(namespace))
 
-    def require_pin_room(self, prompt: Sequence[int], *, tenant: bytes = b"") -> None:
+    def require_pin_room(self, prompt: Sequence[int], *, tenant: bytes = b"", cache_salt: bytes = b"") -> None:
         """Raise InvalidRequestError unless the prompt may be pinned: to be asked before computing it for a pin."""
-        namespace = self._namespace(tenant)
+        namespace = self._namespace(tenant, cache_salt)
         self._loop.call(lambda: self._loop.pins.require_room(prompt, namespace))
 
-    def pin(self, prompt: Sequence[int], *, seconds: float | None = None, tenant: bytes = b"") -> PinInfo:
+    def pin(
+        self, prompt: Sequence[int], *, seconds: float | None = None, tenant: bytes = b"", cache_salt: bytes = b""
+    ) -> PinInfo:
         """Keep what is cached of a prompt, in whole chunks, from being evicted; for so long, or until `unpin`.
 
         Raises InvalidRequestError when pins would hold more than their share of the pool, or the prompt has no whole
         chunk.
         """
-        namespace = self._namespace(tenant)
+        namespace = self._namespace(tenant, cache_salt)
         return self._loop.call(lambda: self._loop.pins.add(prompt, namespace, seconds))
 
-    def pins(self, *, tenant: bytes = b"") -> list[PinInfo]:
+    def pins(self, *, tenant: bytes = b"", cache_salt: bytes = b"") -> list[PinInfo]:
         """The tenant's pins, oldest first."""
-        namespace = self._namespace(tenant)
+        namespace = self._namespace(tenant, cache_salt)
         return self._loop.call(lambda: self._loop.pins.of(namespace))
 
-    def unpin(self, pin_id: str, *, tenant: bytes = b"") -> bool:
+    def unpin(self, pin_id: str, *, tenant: bytes = b"", cache_salt: bytes = b"") -> bool:
         """End a pin; False if the tenant has none of that id."""
-        namespace = self._namespace(tenant)
+        namespace = self._namespace(tenant, cache_salt)
         return self._loop.call(lambda: self._loop.pins.remove(pin_id, namespace))

@@ -26,13 +26,16 @@ from stemcache.engine import attention
 from stemcache.engine.activity import Activity
 from stemcache.engine.cache import Cache
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
-from stemcache.engine.errors import ContextLengthError, InvalidRequestError, ModelLoadError
+from stemcache.engine.completions import completions
+from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
-from stemcache.engine.grammar import CompiledGrammar, Grammar, GrammarCompiler
+from stemcache.engine.grammar import GrammarCompiler
 from stemcache.engine.loop import EngineLoop
-from stemcache.engine.outputs import Completion, Delta
+from stemcache.engine.outputs import Completion
 from stemcache.engine.prompts import Prompts
+from stemcache.engine.request_check import RequestCheck
 from stemcache.engine.runner import ModelRunner
+from stemcache.engine.salts import Salts
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.sequence import Request
 from stemcache.engine.stream import Stream
@@ -60,7 +63,12 @@ class EngineStats:
 
 
 class Engine:
-    """Serves one model. Methods may be called from any thread; computation happens on the engine's own."""
+    """Serves one model. Methods may be called from any thread; computation happens on the engine's own.
+
+    Attributes:
+        prompts: the tokenizer and the chat template. grammars: what compiles the grammars of requests.
+        cache: what is cached, for its owner to look at and change.
+    """
 
     def __init__(
         self,
@@ -74,23 +82,28 @@ class Engine:
     ) -> None:
         self.model_name = name
         self.created = int(time.time())
-        self._prompts = Prompts(checkpoint.tokenizer)
+        self.prompts = Prompts(checkpoint.tokenizer)
         self._runner = ModelRunner(checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens)
         self._fingerprint = checkpoint.fingerprint
         self.vocab_size = self._runner.vocab_size
+        self.chunk_tokens = chunk_tokens
         pool_tokens = self._runner.pool.n_chunks * chunk_tokens
         self.max_model_len = min(self._runner.context_length, pool_tokens)
         self._eos = _eos_ids(checkpoint)
-        self._grammars = GrammarCompiler(checkpoint.tokenizer, self.vocab_size, self._eos)
+        self.grammars = GrammarCompiler(checkpoint.tokenizer, self.vocab_size, self._eos)
         self._loop = EngineLoop(
             self._runner,
-            self._prompts,
+            self.prompts,
             self._eos,
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             max_logit_rows=max(1, MAX_STEP_LOGITS // self.vocab_size),
         )
-        self.cache = Cache(self._loop, self._runner.layout, self.namespace)
+        self._request_check = RequestCheck(
+            self.vocab_size, self.max_model_len, self._runner.context_length, has_text=self.prompts.backend is not None
+        )
+        self._salts = Salts()
+        self.cache = Cache(self._loop, self._runner.layout, self.namespace, self._salts)
 
     @classmethod
     def load(
@@ -135,7 +148,7 @@ class Engine:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
-        return self._prompts.encode(text, add_special_tokens=add_special_tokens)
+        return self.prompts.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(
         self,
@@ -144,31 +157,29 @@ class Engine:
         documents: Sequence[Mapping[str, str]] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, by the model's chat template. `tools` in OpenAI's form."""
-        return self._prompts.encode_chat(
-            messages, documents=documents, tools=tools, add_generation_prompt=add_generation_prompt
+        """Token ids of a conversation, by the model's chat template. `tools` in OpenAI's form.
+
+        continue_final_message: end in the middle of the last message, which the model then goes on with.
+        template_kwargs: values for the template's own variables. Raises InvalidRequestError.
+        """
+        return self.prompts.encode_chat(
+            messages,
+            documents=documents,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            add_special_tokens=add_special_tokens,
+            template_kwargs=template_kwargs,
         )
 
-    def tool_template(self) -> str | None:
-        """The chat template that shows tools to the model; None where there is none with a place for them."""
-        return self._prompts.tool_template
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, special tokens shown; empty without a tokenizer."""
-        return self._prompts.decode(tokens)
-
-    def is_special_token(self, text: str) -> bool:
-        """Whether `text` is a special token, which is left out of generated text unless it is asked for."""
-        return self._prompts.is_special(text)
-
-    def token_text(self, token_id: int) -> str:
-        """The text of one token."""
-        return self._prompts.token_text(token_id)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token."""
-        return self._prompts.token_bytes(token_id)
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; empty without a tokenizer. Raises InvalidRequestError for ids that are none."""
+        self._request_check.require_ids("tokens", tokens)
+        return self.prompts.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -190,9 +201,9 @@ class Engine:
         """
         params = params or SamplingParams()
         self._loop.require_alive()
-        self._check_tokens(prompt, params)
-        room = self._check_length(len(prompt), params)
-        grammar = None if params.grammar is None else self.compile_grammar(params.grammar)
+        self._request_check.require_tokens(prompt, params)
+        room = self._request_check.room(len(prompt), params)
+        grammar = None if params.grammar is None else self.grammars.compile(params.grammar)
         rules = TokenRules.of(
             params, eos=self._eos, vocab_size=self.vocab_size, encode=lambda text: self.encode(text, False)
         )
@@ -201,6 +212,7 @@ class Engine:
             stream.prompt_logprobs.append(None)  # the first token's: nothing stands before it
         namespace = self.namespace(tenant, cache_salt)
         request = Request(list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar)
+        self._salts.note(tenant, cache_salt)
         self._loop.submit(request)
         return stream
 
@@ -213,24 +225,6 @@ class Engine:
             tenant=tenant,
             salt=cache_salt,
         )
-
-    def compile_grammar(self, grammar: Grammar) -> CompiledGrammar:
-        """What `submit` does with a request's grammar, and keeps: milliseconds, for large ones up to seconds.
-
-        Raises InvalidRequestError, with the grammar's `param`, when the output cannot be made to follow it.
-        """
-        return self._grammars.compile(grammar)
-
-    def grammar_literal(self, text: str) -> str:
-        """`text` as a Lark grammar has to name it: the token that the model has for it alone, or else a string."""
-        return self._grammars.literal(text)
-
-    def grammar_shown_tokens(self, *, but: str) -> str:
-        """The tokens of their own that show in a text, such as `<think>`, as a Lark grammar has to name them.
-
-        Without the one named `but`; "" if there are none.
-        """
-        return self._grammars.shown_tokens(but=but)
 
     def generate(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None
@@ -248,66 +242,15 @@ class Engine:
             for stream in streams:
                 stream.cancel()
             raise
-        return self._completions(streams)
+        return completions(streams)
 
-    def _completions(self, streams: list[Stream]) -> Iterator[Completion]:
-        try:
-            for prompt_index, stream in enumerate(streams):
-                choices: dict[int, list[Delta]] = {}
-                for delta in stream:
-                    choices.setdefault(delta.index, []).append(delta)
-                for index, deltas in sorted(choices.items()):
-                    yield _completion(deltas, index, prompt_index, stream)
-        finally:
-            for stream in streams:
-                stream.cancel()
-
-    def _check_tokens(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
-        named = {
-            "prompt": prompt,
-            "logit_bias": params.logit_bias,
-            "stop_token_ids": params.stop_token_ids,
-            "allowed_token_ids": params.allowed_token_ids,
-        }
-        for param, tokens in named.items():
-            for token in tokens or ():
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                    raise InvalidRequestError(
-                        f"token ids must be integers from 0 to {self.vocab_size - 1}; got {token!r}", param=param
-                    )
-        if params.stop and self._prompts.backend is None:
-            raise InvalidRequestError("this model has no tokenizer, so there is no text to stop at", param="stop")
-        if params.bad_words and self._prompts.backend is None:
-            raise InvalidRequestError("this model has no tokenizer, so it knows no words", param="bad_words")
-
-    def _check_length(self, n_prompt: int, params: SamplingParams) -> int:
-        """How many tokens may be generated at most."""
-        room = self.max_model_len - n_prompt
-        what = "the model" if self.max_model_len == self._runner.context_length else "the pool (see pool_bytes)"
-        if room < (params.max_tokens != 0):
-            raise ContextLengthError(
-                f"the prompt has {n_prompt} tokens; {what} holds {self.max_model_len}, "
-                "of which at least one is for the answer"
-            )
-        if params.max_tokens is None:
-            return room
-        if params.max_tokens > room:
-            raise ContextLengthError(
-                f"{n_prompt} prompt tokens and max_tokens={params.max_tokens} are more than the {self.max_model_len} "
-                f"tokens that {what} holds",
-                param="max_tokens",
-            )
-        return params.max_tokens
-
-    def explain(self, prompt: Sequence[int], *, tenant: bytes = b"") -> Explanation:
+    def explain(self, prompt: Sequence[int], *, tenant: bytes = b"", cache_salt: bytes = b"") -> Explanation:
         """What a request with this prompt would find in the cache now, and why not more (`cache` can do the rest).
 
         Raises InvalidRequestError for token ids that are none, EngineClosedError.
         """
-        self._check_tokens(prompt, SamplingParams())
-        return self.cache.explain(prompt, tenant=tenant)
+        self._request_check.require_tokens(prompt, SamplingParams())
+        return self.cache.explain(prompt, tenant=tenant, cache_salt=cache_salt)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -345,20 +288,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _completion(deltas: list[Delta], index: int, prompt_index: int, stream: Stream) -> Completion:
-    reason = deltas[-1].finish_reason
-    assert reason is not None
-    return Completion(
-        "".join(delta.text for delta in deltas),
-        tuple(token for delta in deltas for token in delta.token_ids),
-        reason,
-        index,
-        prompt_index,
-        tuple(logprob for delta in deltas for logprob in delta.logprobs),
-        stream.usage,
-    )
 
 
 def _eos_ids(checkpoint: Checkpoint) -> frozenset[int]:

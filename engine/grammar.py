@@ -28,7 +28,7 @@ _CACHED_GRAMMARS = 64
 
 # One space, or a line break with its indentation: what printed JSON has. Without a bound a model that is unsure writes
 # white space until its tokens are used up.
-JSON_WHITESPACE: Final = r"\x20|\x0A[\x20\x09]{0,40}"
+JSON_WHITESPACE: Final = r"\x20|\x0A(\x20{0,40}|\x09{0,10})"
 JSON_OPTIONS: Final = {"whitespace_pattern": JSON_WHITESPACE}
 
 _LIMITS = LLParserLimits(verbose_errors=False)  # verbose ones quote what was generated

@@ -5,6 +5,7 @@ Invariant: the same text gives the same tokens, from any thread; nothing that th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -42,15 +43,21 @@ class Prompts:
         documents: Sequence[Mapping[str, str]] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation through the model's chat template.
 
-        Raises InvalidRequestError when there is no template, it refuses the messages, or it has no place for documents
-        or tools.
+        tools: in OpenAI's form.
+        continue_final_message: end in the middle of the last message, which the model then goes on with.
+        template_kwargs: values for the template's own variables.
+        Raises InvalidRequestError when there is no template, it refuses the messages, it has no place for documents or
+        tools, or has no such variable.
         """
         if self._tokenizer is None or not self._tokenizer.chat_template:
             raise InvalidRequestError("this model has no chat template: use completions instead", param="messages")
-        if documents and not self._takes_documents:
+        if documents and "documents" not in self._template_variables:
             raise InvalidRequestError(
                 "this model's chat template has no place for documents: put their text into a message",
                 param="documents",
@@ -60,21 +67,36 @@ class Prompts:
                 "this model's chat template has no place for tools: leave them out, or set 'tool_choice' to 'none'",
                 param="tools",
             )
+        self._check_template_kwargs(template_kwargs or {})
         try:
             text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
                 documents=[dict(document) for document in documents] if documents else None,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 tokenize=False,
+                **(template_kwargs or {}),
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
             raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, special tokens shown; empty without a tokenizer."""
-        return "" if self.backend is None else str(self.backend.decode(list(tokens), skip_special_tokens=False))
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; empty without a tokenizer."""
+        return (
+            ""
+            if self.backend is None
+            else str(self.backend.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+        )
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is a mark, such as the end of the text, and not text itself."""
+        return token in self._special
+
+    def is_special_text(self, text: str) -> bool:
+        """Whether `text` is written as one special token, which is left out of generated text unless asked for."""
+        return self.backend is not None and self.backend.token_to_id(text) in self._special
 
     def token_text(self, token: int) -> str:
         """The text of one token on its own; bytes that are no whole character show as replacement characters."""
@@ -90,12 +112,6 @@ class Prompts:
             return bytes([int(name[3:-1], 16)])
         return bytes(self._byte_of[char] for char in name if char in self._byte_of)
 
-    def is_special(self, text: str) -> bool:
-        """Whether `text` is a special token, which is left out of generated text."""
-        token = None if self.backend is None else self.backend.token_to_id(text)
-        added = {} if self._tokenizer is None else self._tokenizer.added_tokens_decoder
-        return token in added and bool(added[token].special)
-
     def special_ids(self, texts: Iterable[str | None]) -> frozenset[int]:
         """Ids of the given special tokens, those that exist."""
         if self.backend is None:
@@ -109,9 +125,27 @@ class Prompts:
         return {char: byte for byte, char in bytes_to_unicode().items()}
 
     @cached_property
-    def _takes_documents(self) -> bool:
+    def _special(self) -> frozenset[int]:
+        added = {} if self.backend is None else self.backend.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special)
+
+    def _check_template_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse names that the template does not read, and those of arguments that have a field of their own."""
         assert self._tokenizer is not None
-        return "documents" in _variables(self._tokenizer.get_chat_template())
+        reserved = {"messages", *inspect.signature(self._tokenizer.apply_chat_template).parameters}
+        for name in kwargs:
+            if name in reserved or name not in self._template_variables:
+                raise InvalidRequestError(
+                    f"the chat template has no variable {name!r} that a request may set",
+                    param=f"chat_template_kwargs.{name}",
+                    code="unsupported_parameter",
+                )
+
+    @cached_property
+    def _template_variables(self) -> frozenset[str]:
+        """The variables that the chat template reads and does not set itself."""
+        assert self._tokenizer is not None
+        return _variables(str(self._tokenizer.get_chat_template()))
 
     @cached_property
     def tool_template(self) -> str | None:
@@ -122,6 +156,7 @@ class Prompts:
         return template if "tools" in _variables(template) else None
 
 
-def _variables(template: str) -> set[str]:
+def _variables(template: str) -> frozenset[str]:
     """What a chat template takes from outside."""
-    return meta.find_undeclared_variables(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+    parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    return frozenset(meta.find_undeclared_variables(parsed))

@@ -2,12 +2,13 @@
 
 Invariant: the hits are those of `PrefixStore.match_tokens`, so what `acquire` would find if it were called now (where
 the pool is so full that a diverging chunk cannot be copied, `acquire` finds less). The ranges cover the prompt without
-gap or overlap. Only the prompt's own namespace is looked at.
+gap or overlap. Only the prompt's own namespace is looked at, and those
+that the caller names as the same owner's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby, islice
@@ -35,6 +36,8 @@ class Reason(StrEnum):
     """At the prompt's end, less than a chunk: never cached on its own."""
     OTHER_POSITION = "other_position"
     """In a run of tokens that is cached as a chunk, but at another position or after another prefix."""
+    OTHER_NAMESPACE = "other_namespace"
+    """Cached after this very prefix, but in another namespace of the same owner."""
     EVICTED = "evicted"
     """Was cached after this very prefix, and went."""
     PENDING = "pending"
@@ -97,7 +100,9 @@ class Explanation:
         return sum(each.tokens for each in self.ranges if each.reason is reason)
 
 
-def explain(ledger: Ledger, namespace: Namespace, prompt: bytes, n_last: int) -> Explanation:
+def explain(
+    ledger: Ledger, namespace: Namespace, prompt: bytes, n_last: int, others: Iterable[Namespace] = ()
+) -> Explanation:
     """Explain an encoded prompt whose last `n_last` tokens are computed in any case. Changes nothing.
 
     O(tokens + MAX_SEARCHED).
@@ -113,6 +118,8 @@ def explain(ledger: Ledger, namespace: Namespace, prompt: bytes, n_last: int) ->
     _paint(reasons, n_tokens - n_tokens % size, n_tokens, Reason.UNFINISHED_CHUNK)
     for start, stop in _runs_elsewhere(tree, namespace, prompt, match.tokens):
         _paint(reasons, start, stop, Reason.OTHER_POSITION)
+    for other in others:
+        _paint(reasons, match.tokens, tree.match(other, reusable).tokens, Reason.OTHER_NAMESPACE)
     _paint(reasons, match.full_tokens, _evicted_until(ledger, match, prompt), Reason.EVICTED)
     _paint(reasons, match.full_tokens, _pending_until(ledger, match, reusable), Reason.PENDING)
     _paint(reasons, match.full_tokens, match.tokens, Reason.PARTIAL_CHUNK)

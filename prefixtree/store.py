@@ -9,7 +9,7 @@ Not thread-safe: it belongs to the engine's thread. Pure Python over ints; the d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stemcache.prefixtree.errors import CapacityError, InvariantError
@@ -140,18 +140,21 @@ class PrefixStore:
         """Return how many tokens `acquire` would find cached. No side effects; recency is not touched."""
         return self._ledger.tree.match(namespace, encode_tokens(tokens)).tokens
 
-    def explain(self, tokens: Sequence[int], namespace: Namespace, n_last: int = 0) -> Explanation:
+    def explain(
+        self, tokens: Sequence[int], namespace: Namespace, n_last: int = 0, others: Iterable[Namespace] = ()
+    ) -> Explanation:
         """Return what `acquire` would find for `tokens`, and why each of the others is a miss. No side effects.
 
         Args:
             n_last: how many tokens at the end are computed in any case, and would not be passed to `acquire`.
+            others: namespaces of the same owner, in which a miss may be cached all the same.
 
         Raises:
             ValueError: an id that is none, or `n_last` is negative or more than there are tokens.
         """
         if not 0 <= n_last <= len(tokens):
             raise ValueError(f"n_last must be from 0 to {len(tokens)}, the number of tokens, not {n_last}")
-        return explain(self._ledger, namespace, encode_tokens(tokens), n_last)
+        return explain(self._ledger, namespace, encode_tokens(tokens), n_last, others)
 
     def snapshot(
         self, namespace: Namespace, max_chunks: int, *, max_depth: int | None = None, with_tokens: bool = False

@@ -19,7 +19,7 @@ from stemcache.engine.engine import Engine
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     with ServerProcess("--dtype", "float32", "--pool-bytes", "128MiB") as process:
-        process.wait_until_ready()
+        process.wait_until_ready(timeout=600)
         yield process
 
 

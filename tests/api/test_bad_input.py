@@ -47,8 +47,8 @@ BAD_COMPLETIONS = [
     ({"stream": "yes"}, "stream", "invalid_value"),
     ({"stream_options": {"include_usage": True}}, "stream_options", None),
     ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks", "unsupported_parameter"),
-    ({"echo": True}, "echo", "unsupported_parameter"),
-    ({"best_of": 4}, "best_of", "unsupported_parameter"),
+    ({"echo": "yes"}, "echo", "invalid_value"),
+    ({"best_of": 0}, "best_of", "invalid_value"),
     ({"suffix": "end"}, "suffix", "unsupported_parameter"),
     ({"cache_salt": ""}, "cache_salt", "invalid_value"),
     ({"cache_salt": "x" * 1025}, "cache_salt", "invalid_value"),
@@ -154,8 +154,8 @@ def test_the_openai_client_raises_its_own_classes(client: openai.OpenAI, model: 
         client.completions.create(model="gpt", prompt="a")
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.completions.create(model=model, prompt="a", echo=True)
-    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "echo")
+        client.completions.create(model=model, prompt="a", suffix="b")
+    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "suffix")
     with pytest.raises(openai.BadRequestError) as too_long:
         client.completions.create(model=model, prompt=[1] * 5000, stream=True)
     assert too_long.value.code == "context_length_exceeded"

@@ -12,6 +12,16 @@ from typing import Any
 import httpx
 import pytest
 
+from stemcache.api.cache_answers import (
+    CacheClear,
+    CacheExplanation,
+    CachePin,
+    CachePins,
+    CacheStatistics,
+    CacheTree,
+    CacheUnpin,
+    CacheWarm,
+)
 from stemcache.api.cli import main
 from stemcache.api.server_process import ServerProcess, free_port
 
@@ -86,6 +96,46 @@ def test_explain_foretells_the_usage_of_a_chat(cache: httpx.Client) -> None:
         assert usage["prompt_tokens"] == told["prompt_tokens"]
         assert usage["prompt_tokens_details"]["cached_tokens"] == told["cached_tokens"]
     assert told["cached_tokens"] > 0.9 * told["prompt_tokens"]
+
+
+def test_salts_have_caches_of_their_own(cache: httpx.Client) -> None:
+    prompt = DATED.format(name="harbor", day="2026-11-20")
+    warmed = post(cache, "warm", prompt=prompt, cache_salt="x")
+    assert warmed["newly_cached_tokens"] > 48
+    assert post(cache, "explain", prompt=prompt, cache_salt="x")["cached_tokens"] >= 48
+    told = post(cache, "explain", prompt=prompt)
+    assert told["cached_tokens"] == 0
+    assert {each["reason"] for each in told["ranges"]} >= {"other_namespace"}
+    assert "another cache_salt of yours" in told["advice"][0]
+    body = {"prompt": prompt, "max_tokens": 1, "cache_salt": "x"}
+    usage = cache.post("/v1/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == warmed["newly_cached_tokens"]
+    pin = post(cache, "pin", prompt=prompt, cache_salt="x")
+    for salt, count in (("x", 1), ("", 0)):
+        query = {"cache_salt": salt}
+        assert len(cache.get("/v1/cache/pin", params=query).json()["data"]) == count
+        assert (
+            cache.get("/v1/cache/tree", params=query).json()["cached_tokens"] == count * warmed["newly_cached_tokens"]
+        )
+        own = cache.get("/v1/cache/stats", params=query).json()["tenant"]
+        assert own["pins"]["count"] == count
+    assert refusal(cache.delete(f"/v1/cache/pin/{pin['id']}"), 404)["code"] == "pin_not_found"
+    assert cache.delete(f"/v1/cache/pin/{pin['id']}", params={"cache_salt": "x"}).json()["deleted"]
+    assert cache.post("/v1/cache/clear").json()["cleared_tokens"] == 0
+    assert cache.post("/v1/cache/clear", params={"cache_salt": "x"}).json()["cleared_tokens"] >= 48
+
+
+def test_answers_are_as_described(cache: httpx.Client) -> None:
+    prompt = {"prompt": DATED.format(name="harbor", day="2026-11-20")}
+    CacheWarm.model_validate(cache.post("/v1/cache/warm", json=prompt).json())
+    CacheExplanation.model_validate(cache.post("/v1/cache/explain", json=prompt).json())
+    pin = CachePin.model_validate(cache.post("/v1/cache/pin", json=prompt).json())
+    CachePins.model_validate(cache.get("/v1/cache/pin").json())
+    CacheStatistics.model_validate(cache.get("/v1/cache/stats").json())
+    for query in ({}, {"text": "true"}):
+        CacheTree.model_validate(cache.get("/v1/cache/tree", params=query).json())
+    CacheUnpin.model_validate(cache.delete(f"/v1/cache/pin/{pin.id}").json())
+    CacheClear.model_validate(cache.post("/v1/cache/clear").json())
 
 
 def test_what_was_cleared_is_told_from_what_is_new(cache: httpx.Client) -> None:

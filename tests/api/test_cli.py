@@ -45,7 +45,7 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no model folder at './no/such/folder'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--max-tokens", "0"], ["--temperature", "nan"], ["--pool-bytes", "1"]])
+@pytest.mark.parametrize("option", [["--max-tokens", "-1"], ["--temperature", "nan"], ["--pool-bytes", "1"]])
 def test_values_that_the_engine_refuses(capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
     assert main(["generate", "hello", *option]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("stemcache: ")

@@ -118,7 +118,7 @@ def test_logprobs(client: openai.OpenAI, model: str, corpus: list[FactDocument])
 
 
 def test_text_offsets_point_at_the_tokens(client: openai.OpenAI, model: str, engine: Engine) -> None:
-    special = [token for token in range(engine.vocab_size) if engine.token_text(token).startswith("<|")]
+    special = [token for token in range(engine.vocab_size) if engine.prompts.token_text(token).startswith("<|")]
     bias = {str(token): -100 for token in special}
     choice = complete(client, model, "The code", logprobs=0, logit_bias=bias, seed=2, temperature=1).choices[0]
     assert len(choice.logprobs.tokens) == 24

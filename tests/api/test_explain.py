@@ -101,6 +101,7 @@ def test_the_first_token_differs(store: PrefixStore, words: Words) -> None:
         (Reason.EVICTED, "8 tokens were cached here before and went"),
         (Reason.PENDING, "8 tokens are being computed by another request"),
         (Reason.OTHER_POSITION, "8 tokens are cached at another position"),
+        (Reason.OTHER_NAMESPACE, "8 tokens are cached under another cache_salt of yours"),
         (Reason.NEVER_SEEN, "8 tokens are new."),
         (Reason.UNFINISHED_CHUNK, "8 tokens are left over at the end, less than a chunk of 64"),
     ],

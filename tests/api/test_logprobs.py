@@ -25,6 +25,6 @@ def test_offsets_count_characters_and_go_on_from_part_to_part(engine: Engine) ->
     ids = engine.encode("a€b")  # the middle character is three tokens of this byte-level vocabulary
     writer = CompletionLogprobs(engine)
     offsets = [writer.write([TokenLogprob(token, 0.0)])["text_offset"][0] for token in ids]
-    assert b"".join(engine.token_bytes(token) for token in ids) == "a€b".encode()
+    assert b"".join(engine.prompts.token_bytes(token) for token in ids) == "a€b".encode()
     assert offsets[0] == 0
     assert offsets[-1] == 2

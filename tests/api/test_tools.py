@@ -56,6 +56,10 @@ SCHEMAS = {"add": ADD, "get-time": {"type": "object"}}
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "The code?"}]
 
 
+# Without it the model, which was never taught JSON, may indent until its tokens are used up.
+NO_LINES = {str(AutoTokenizer.from_pretrained(MODEL_PATH).convert_tokens_to_ids("\u010a")): -100}
+
+
 def checkpoint(folder: Path, sign: str) -> Path:
     """The demo model with a template that teaches calls as `sign` is."""
     shutil.copytree(MODEL_PATH, folder)
@@ -86,6 +90,7 @@ def caller(tool_server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def chat(client: openai.OpenAI, **fields: Any) -> Any:
     given = {"model": "caller", "messages": MESSAGES, "max_tokens": 300, "temperature": 0, "tools": TOOLS, **fields}
+    given["logit_bias"] = NO_LINES | fields.get("logit_bias", {})
     return client.chat.completions.create(**given)
 
 
@@ -287,6 +292,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
 
 
 def request(**fields: Any) -> ChatRequest:
+    fields["logit_bias"] = NO_LINES | fields.get("logit_bias", {})
     return ChatRequest.model_validate(
         {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 200, "temperature": 0} | fields
     )

@@ -8,6 +8,7 @@ import pytest
 
 from stemcache import Engine, SamplingParams
 from stemcache.engine.errors import EngineClosedError, InvalidRequestError
+from stemcache.engine.salts import MAX_SALTS, MAX_TENANTS, Salts
 from stemcache.prefixtree.explain import Reason
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
@@ -68,6 +69,32 @@ def test_another_tenant_sees_nothing(llama_engine):
     assert not engine.cache.unpin(pin.id, tenant=b"b")
     assert engine.cache.unpin(pin.id, tenant=b"a")
     assert engine.cache.clear(tenant=b"a") == 5
+
+
+def test_an_explanation_names_the_tenants_own_salts_only(llama_engine):
+    engine = llama_engine()
+    for tenant, salt in ((b"a", b"x"), (b"b", b"")):
+        with engine.submit(PREFIX, ONE, tenant=tenant, cache_salt=salt) as stream:
+            list(stream)
+    for salt, reason in ((b"x", Reason.HIT), (b"", Reason.OTHER_NAMESPACE), (b"y", Reason.OTHER_NAMESPACE)):
+        assert engine.explain(PREFIX, tenant=b"a", cache_salt=salt).tokens_of(reason) >= 64
+    assert engine.explain(PREFIX, tenant=b"b", cache_salt=b"x").tokens_of(Reason.OTHER_NAMESPACE) >= 64
+    assert engine.explain(PREFIX, tenant=b"c").tokens_of(Reason.NEVER_SEEN) == 79
+    assert engine.cache.clear(tenant=b"a") == 0
+    assert engine.cache.clear(tenant=b"a", cache_salt=b"x") == 5
+
+
+def test_the_memory_of_salts_is_bounded():
+    salts = Salts()
+    for i in range(2 * MAX_SALTS):
+        salts.note(b"one", b"%d" % (i // 2))
+    assert salts.of(b"one") == [b"%d" % i for i in range(MAX_SALTS)]
+    salts.note(b"one", b"more")
+    assert salts.of(b"one")[-1] == b"more"
+    assert b"0" not in salts.of(b"one")
+    for i in range(MAX_TENANTS):
+        salts.note(b"%d" % i, b"")
+    assert salts.of(b"one") == []
 
 
 def test_the_tree_shows_who_shares(llama_engine):

@@ -153,6 +153,6 @@ def test_documents_are_refused_by_a_template_without_a_place_for_them(folder):
 def test_token_bytes_join_to_the_text(demo_engine):
     text = "The keeper — é 漢 of Velmora"
     assert (
-        b"".join(demo_engine.token_bytes(i) for i in demo_engine.encode(text, add_special_tokens=False))
+        b"".join(demo_engine.prompts.token_bytes(i) for i in demo_engine.encode(text, add_special_tokens=False))
         == text.encode()
     )

@@ -183,7 +183,7 @@ def test_generated_json_conforms(engine, params):
 def test_a_grammar_that_allows_all_changes_nothing(engine):
     anything = Grammar.regex(r"(.|\n)*")
     # A grammar is about text: special tokens and parts of characters in wrong places are not.
-    no_text = [i for i in range(engine.vocab_size) if "\ufffd" in engine.token_text(i)]
+    no_text = [i for i in range(engine.vocab_size) if "\ufffd" in engine.prompts.token_text(i)]
     no_text = dict.fromkeys((*range(7), *no_text), -100.0)
     for params in ({"temperature": 0}, {"seed": 4, "temperature": 0.7, "top_p": 0.9, "logprobs": 3}):
         common = {"max_tokens": 24, "logit_bias": no_text, "ignore_eos": True, **params}

@@ -52,7 +52,7 @@ def test_rules_that_leave_nothing_are_refused(llama_engine):
 
 def test_bad_words_do_not_come(demo_engine):
     plain = generated(demo_engine, demo_engine.encode("The code"), ignore_eos=True, max_tokens=30)
-    word = demo_engine.token_text(plain.token_ids[4]).strip()
+    word = demo_engine.prompts.token_text(plain.token_ids[4]).strip()
     assert word
     other = generated(demo_engine, demo_engine.encode("The code"), ignore_eos=True, max_tokens=30, bad_words=[word])
     banned = {tuple(demo_engine.encode(text)) for text in (word, " " + word)}

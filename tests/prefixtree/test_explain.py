@@ -9,7 +9,7 @@ import pytest
 from stemcache.prefixtree import explain as explain_module
 from stemcache.prefixtree.accounts import Accounts
 from stemcache.prefixtree.evicted import EvictedChunks
-from stemcache.prefixtree.explain import Divergence, Reason
+from stemcache.prefixtree.explain import Divergence, Reason, TokenRange
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import chain_digest
 from stemcache.prefixtree.store import PrefixStore
@@ -109,6 +109,21 @@ def test_another_namespace_is_not_looked_at(make_store: MakeStore, namespace: Na
         assert explained.divergence is None
     assert store.snapshot(OTHER, 10).branches == ()
     assert store.clear(OTHER) == 0
+
+
+def test_another_namespace_of_the_same_owner_is_named(make_store: MakeStore, namespace: Namespace) -> None:
+    """As far as it goes beyond the prompt's own namespace."""
+    store = make_store(8)
+    fill(store, namespace, range(8))
+    fill(store, OTHER, range(4))
+    explained = store.explain([*range(6), 50, 51, 52], OTHER, 1, [namespace])
+    assert [(each.tokens, each.reason) for each in explained.ranges] == [
+        (4, Reason.HIT),
+        (2, Reason.OTHER_NAMESPACE),
+        (2, Reason.NEVER_SEEN),
+        (1, Reason.LAST_TOKEN),
+    ]
+    assert store.explain(range(4), OTHER, 0, [namespace]).ranges == (TokenRange(0, 4, Reason.HIT),)
 
 
 def test_nothing_to_explain(make_store: MakeStore, namespace: Namespace) -> None:

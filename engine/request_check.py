@@ -1,0 +1,69 @@
+"""What the engine checks of a request before it queues it: tokens against the vocabulary, lengths against the room.
+
+Invariant: a request that passes can be served to its end, and one that does not is told which parameter to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from stemcache.engine.errors import ContextLengthError, InvalidRequestError
+from stemcache.engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCheck:
+    """The limits of one engine, in tokens. `max_model_len` is what the model's context and the pool both hold.
+
+    has_text: there is a tokenizer, so that stop strings and bad words mean something.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    context_length: int
+    has_text: bool
+
+    def require_tokens(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise InvalidRequestError unless all token ids are some, and there is text where text is asked for."""
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
+        named = {
+            "prompt": prompt,
+            "logit_bias": params.logit_bias,
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids,
+        }
+        for param, tokens in named.items():
+            self.require_ids(param, tokens or ())
+        if params.stop and not self.has_text:
+            raise InvalidRequestError("this model has no tokenizer, so there is no text to stop at", param="stop")
+        if params.bad_words and not self.has_text:
+            raise InvalidRequestError("this model has no tokenizer, so it knows no words", param="bad_words")
+
+    def require_ids(self, param: str, tokens: Iterable[int]) -> None:
+        """Raise InvalidRequestError, naming `param`, for what is no token id of the model."""
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise InvalidRequestError(
+                    f"token ids must be integers from 0 to {self.vocab_size - 1}; got {token!r}", param=param
+                )
+
+    def room(self, n_prompt: int, params: SamplingParams) -> int:
+        """How many tokens may be generated at most. Raises ContextLengthError."""
+        room = self.max_model_len - n_prompt
+        what = "the model" if self.max_model_len == self.context_length else "the pool (see pool_bytes)"
+        if room < (params.max_tokens != 0):
+            raise ContextLengthError(
+                f"the prompt has {n_prompt} tokens; {what} holds {self.max_model_len}, "
+                "of which at least one is for the answer"
+            )
+        if params.max_tokens is None:
+            return room
+        if params.max_tokens > room:
+            raise ContextLengthError(
+                f"{n_prompt} prompt tokens and max_tokens={params.max_tokens} are more than the {self.max_model_len} "
+                f"tokens that {what} holds",
+                param="max_tokens",
+            )
+        return params.max_tokens
