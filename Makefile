@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format equivalence soak bench train clean
+.PHONY: help demo test test-clients check format equivalence soak bench train clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -39,6 +39,10 @@ format: $(READY)  ## put the code into its form
 
 equivalence: $(READY)  ## compare with transformers' generate, 200 workloads of each family (about 20 minutes)
 	@$(BIN)/python benchmarks/equivalence.py --workloads 200
+
+test-clients: $(READY)  ## real clients against a real server (installs them)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[clients]"
+	@$(BIN)/python -m pytest tests/clients
 
 soak: $(READY)  ## 1,000 requests, a third of which go away midway, against a real server
 	@$(BIN)/python benchmarks/soak.py
