@@ -19,11 +19,11 @@ from rich.table import Table
 
 from stemcache.api.ask import Answer, Question, ask
 from stemcache.api.server_process import ServerProcess
-from stemcache.engine.demo.facts import random_corpus
+from stemcache.engine.demo.facts import FactDocument, random_corpus
 
 DOCUMENTS = 12
 QUESTIONS = 40
-FACTS = 4
+SHELF = 4
 FILLERS = 3
 AT_A_TIME = 4
 SEED = 7
@@ -47,14 +47,20 @@ def demo() -> int:
 def questions(rng: random.Random) -> Iterator[Question]:
     """Questions whose documents are as popular as Zipf's law says: the k-th is asked 1/k as often as the first.
 
-    A question comes with the one document that a retriever would find for it. With more of them in the context the demo
-    model confuses their facts too often (docs/benchmarks.md), which has nothing to do with the cache.
+    A question comes with eight documents: those of the shelf of the document that answers it, and of the next shelf. So a
+    retriever finds the neighbours of what it looks for, and hands them over in the order of the catalogue.
     """
-    corpus = random_corpus(rng, DOCUMENTS, facts=FACTS, fillers=FILLERS)
+    corpus = random_corpus(rng, DOCUMENTS, fillers=FILLERS)
     popularity = [1 / rank for rank in range(1, DOCUMENTS + 1)]
     ranked = rng.sample(range(DOCUMENTS), DOCUMENTS)
     for position in rng.choices(ranked, popularity, k=QUESTIONS):
-        yield Question(rng.choice(corpus[position].facts), (corpus[position],))
+        yield Question(rng.choice(corpus[position].facts), _retrieve(corpus, position))
+
+
+def _retrieve(corpus: Sequence[FactDocument], position: int) -> tuple[FactDocument, ...]:
+    shelf, shelves = position // SHELF, DOCUMENTS // SHELF
+    found = sorted({shelf, (shelf + 1) % shelves})
+    return tuple(document for each in found for document in corpus[each * SHELF : (each + 1) * SHELF])
 
 
 async def _ask_all(url: str, wanted: Sequence[Question], console: Console) -> list[Answer]:

@@ -74,8 +74,8 @@ def exact_match(engine: Engine, *, documents: int, count: int, seed: int = 1) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL_PATH)
-    parser.add_argument("--documents", type=int, nargs="*", default=[1, 4, 8, 12])
-    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--documents", type=int, nargs="*", default=[1, 2, 4, 8, 12])
+    parser.add_argument("--questions", type=int, default=1000)
     options = parser.parse_args()
     rows, results = [], []
     with Engine.load(options.model) as engine:

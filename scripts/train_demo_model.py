@@ -2,13 +2,16 @@
 
     python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 120
 
-The curriculum starts with one document of two facts and adds documents as the accuracy passes 0.6. Answers repeat the
-question before the value, so copying emerges early (what comes after "of Velmora is" stands in the document after the
-same words). The loss is the answers' cross-entropy with most of the weight on the values: what is hard is to find
-whose value it is, and a colour is one token, where a name is four. No fact is asked twice in one conversation: the
-second answer would be copied from the first.
+Answers repeat the question before the value, so copying emerges early (what comes after "of Velmora is" stands in the
+document after the same words). The curriculum starts with one document of two facts and adds documents as the accuracy
+passes 0.6.
 
-The model that ships was trained in several runs with `--resume`, while this recipe took its form.
+Most facts have values of any kind while the model learns ("The colour of Velmora is 7392"). With values of their own
+kind only, it learned to say some colour of the context and stayed there for thousands of steps: it never looked whose
+colour it was. With mixed ones, right colours among eight documents went from 40 to 100 % within 500 steps.
+
+The loss is the answers' cross-entropy with most of the weight on the values: a colour is one token, where a name is
+four. No fact is asked twice in one conversation: the second answer would be copied from the first.
 """
 
 from __future__ import annotations
@@ -48,9 +51,9 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
 # (documents, facts each, filler sentences each): the last stage is a mixture of all sizes up to it.
-STAGES = [(1, 2, 0), (2, 2, 0), (3, 3, 0), (4, 4, 1), (8, 1, 0), (8, 2, 0), (10, 2, 3)]
+STAGES = [(1, 2, 0), (2, 2, 0), (4, 1, 0), (6, 1, 0), (4, 2, 0), (8, 1, 0), (10, 2, 3)]
+MIXED, MIXED_AT_LAST = 0.6, 0.3  # shares of facts with a value of any kind
 QUESTIONS = 16
-WEIGHTS = {"keeper": 0.5, "founder": 0.5, "colour": 5.0}  # of a value's tokens in the loss; 2 for the others
 TOKENS_PER_STEP = 4096
 LENGTH_STEP = 128
 PEAK_RATE = 1.4e-3
@@ -95,7 +98,8 @@ def make_example(rng: random.Random, stage: int) -> list[tuple[str, float]]:
     documents, facts, fillers = STAGES[stage]
     if stage == len(STAGES) - 1:
         documents, facts, fillers = rng.randint(1, documents), rng.choice((2, 2, 2, 3)), rng.randint(0, fillers)
-    corpus = random_corpus(rng, documents, facts=facts, fillers=fillers, held_out=False)
+    mixed = MIXED if stage < len(STAGES) - 1 else MIXED_AT_LAST
+    corpus = random_corpus(rng, documents, facts=facts, fillers=fillers, held_out=False, mixed=mixed)
     pieces = [("<|begin|>", 0.0)]
     if rng.random() < 0.7:
         pieces.append((f"<|system|>{SYSTEM_PROMPT}<|end|>", 0.0))
@@ -104,8 +108,15 @@ def make_example(rng: random.Random, stage: int) -> list[tuple[str, float]]:
     for fact in rng.sample(told, min(QUESTIONS, len(told))):
         repeated = fact.sentence.removesuffix(f" {fact.value}.")
         pieces += [(f"<|user|>{fact.question}<|end|><|assistant|>", 0.0), (repeated, 0.1)]
-        pieces += [(f" {fact.value}", WEIGHTS.get(fact.attribute, 2.0)), (".<|end|>", 0.1)]
+        pieces += [(f" {fact.value}", _weight(fact.value)), (".<|end|>", 0.1)]
     return pieces
+
+
+def _weight(value: str) -> float:
+    """Of a value's tokens in the loss: a colour is one token, a name about four, and a date ten."""
+    if any(char.isdigit() for char in value):
+        return 1.5
+    return 0.5 if value[0].isupper() else 4.0
 
 
 def make_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, stage: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,11 +98,19 @@ def _random_value(rng: random.Random, attribute: str, held_out: bool) -> str:
 ATTRIBUTES = ("code", "colour", "date", "weight", "keeper", "founder")
 
 
-def random_document(rng: random.Random, *, facts: int = 2, fillers: int = 2, held_out: bool = True) -> FactDocument:
-    """One document of `facts` facts (at most `len(ATTRIBUTES)`) between `fillers` sentences without any."""
+def random_document(
+    rng: random.Random, *, facts: int = 2, fillers: int = 2, held_out: bool = True, mixed: float = 0.0
+) -> FactDocument:
+    """One document of `facts` facts (at most `len(ATTRIBUTES)`) between `fillers` sentences without any.
+
+    mixed: the share of facts whose value is of any attribute's kind, as in "The colour of Velmora is 7392". For
+        training: where a value's kind does not tell whose it may be, a model has to look at the entity.
+    """
     entity = random_name(rng, held_out=held_out)
     attributes = rng.sample(ATTRIBUTES, facts)
-    found = tuple(Fact(entity, attribute, _random_value(rng, attribute, held_out)) for attribute in attributes)
+    kinds = [rng.choice(ATTRIBUTES) if mixed and rng.random() < mixed else attribute for attribute in attributes]
+    values = [_random_value(rng, kind, held_out) for kind in kinds]
+    found = tuple(Fact(entity, attribute, value) for attribute, value in zip(attributes, values, strict=True))
     sentences = [fact.sentence for fact in found]
     for filler in rng.sample(_FILLERS, fillers):
         sentences.insert(rng.randint(0, len(sentences)), filler)
@@ -110,12 +118,18 @@ def random_document(rng: random.Random, *, facts: int = 2, fillers: int = 2, hel
 
 
 def random_corpus(
-    rng: random.Random, documents: int, *, facts: int = 2, fillers: int = 2, held_out: bool = True
+    rng: random.Random,
+    documents: int,
+    *,
+    facts: int = 2,
+    fillers: int = 2,
+    held_out: bool = True,
+    mixed: float = 0.0,
 ) -> list[FactDocument]:
     """`documents` documents about different entities, whose names no training has seen unless `held_out` is off."""
     corpus: dict[str, FactDocument] = {}
     while len(corpus) < documents:
-        document = random_document(rng, facts=facts, fillers=fillers, held_out=held_out)
+        document = random_document(rng, facts=facts, fillers=fillers, held_out=held_out, mixed=mixed)
         corpus.setdefault(document.title.split()[-1], document)
     return list(corpus.values())
 
