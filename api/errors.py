@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
 from fastapi import FastAPI
@@ -16,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from stemcache.engine.errors import EngineClosedError, InvalidRequestError
 from stemcache.prefixtree.errors import StemcacheError
@@ -125,11 +127,21 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of `app` in OpenAI's form."""
     for kind in (ApiError, InvalidRequestError, EngineClosedError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _reply)
+    app.add_exception_handler(HTTPStatus.METHOD_NOT_ALLOWED, _other_methods)
     app.add_exception_handler(ClientDisconnect, _nobody_listens)
 
 
 async def _reply(request: Request, error: Exception) -> Response:
     return error_response(error)
+
+
+async def _other_methods(request: Request, error: Exception) -> Response:
+    """Starlette names the methods of the path's first route only, and ours have one each."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in routes for method in route.methods}
+    response = error_response(error)
+    response.headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    return response
 
 
 def error_response(error: Exception) -> Response:

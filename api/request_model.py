@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 _NO_OPS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "include_obfuscation"})
 
@@ -37,6 +38,27 @@ class RequestModel(BaseModel):
             if value is not None
             and (name in declared or (name not in _NO_OPS | cls.no_ops and value not in cls.neutral.get(name, ())))
         }
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Describes what is dropped: nulls of whatever is not required, no-ops, and values that ask for nothing."""
+        schema = handler.resolve_ref_schema(handler(core))
+        properties = schema.setdefault("properties", {})
+        for name in properties.keys() - set(schema.get("required", ())):
+            properties[name] = _or_null(properties[name])
+        ignored = {name: {} for name in _NO_OPS | cls.no_ops} | {
+            name: {"enum": [*values, None]} for name, values in cls.neutral.items()
+        }
+        schema["properties"] = properties | {name: ignored[name] for name in sorted(ignored.keys() - properties.keys())}
+        schema["additionalProperties"] = {"type": "null"}
+        return schema
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    if {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    outside = {name: schema.pop(name) for name in ("title", "description", "default") if name in schema}
+    return {"anyOf": [schema, {"type": "null"}], **outside}
 
 
 def with_examples(*examples: dict[str, Any]) -> ConfigDict:

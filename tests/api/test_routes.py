@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -98,3 +99,35 @@ def test_the_description_names_every_answer(http: httpx.Client) -> None:
                 ref = operation["responses"][error]["content"]["application/json"]["schema"]["$ref"]
                 assert ref.endswith("/ErrorAnswer")
             assert "422" not in operation["responses"]
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"), [("/v1/cache/pin", "GET, HEAD, POST"), ("/v1/completions", "POST"), ("/metrics", "GET, HEAD")]
+)
+def test_a_wrong_method_is_told_all_right_ones(http: httpx.Client, path: str, methods: str) -> None:
+    response = http.put(path)
+    assert (response.status_code, response.headers["allow"]) == (405, methods)
+    assert ErrorAnswer.model_validate(response.json()).error.message == "This route does not take this method."
+
+
+@pytest.mark.parametrize(
+    ("fields", "fits"),
+    [
+        ({}, True),
+        ({"stream": None, "parallel_tool_calls": None, "stream_options": None}, True),  # null: not given
+        ({"user": 5, "metadata": {"a": ["b"]}}, True),  # no-ops
+        ({"store": False, "service_tier": "auto", "colour": None}, True),  # what asks for nothing
+        ({"messages": [{"role": "user", "content": "Hi", "annotations": [], "refusal": None}]}, True),
+        ({"store": True}, False),
+        ({"colour": "red"}, False),
+        ({"messages": None}, False),
+        ({"messages": [{"role": "user", "content": "Hi", "colour": "red"}]}, False),
+        ({"stream": "yes"}, False),
+    ],
+)
+def test_what_is_accepted_fits_the_description(http: httpx.Client, fields: dict[str, Any], fits: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1} | fields
+    described = http.get("/openapi.json").json()
+    schema = {"$ref": "#/components/schemas/ChatRequest", "components": described["components"]}
+    assert jsonschema.Draft202012Validator(schema).is_valid(body) == fits
+    assert http.post("/v1/chat/completions", json=body).status_code == (200 if fits else 400)
