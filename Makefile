@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients check format equivalence soak bench train clean
+.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -40,8 +40,15 @@ format: $(READY)  ## put the code into its form
 equivalence: $(READY)  ## compare with transformers' generate, 200 workloads of each family (about 20 minutes)
 	@$(BIN)/python benchmarks/equivalence.py --workloads 200
 
-test-clients: $(READY)  ## real clients against a real server (installs them)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[clients]"
+# In an environment of their own, as litellm and others hold openai, click and more back. uv, as pip searches their many
+# requirements for minutes.
+test-clients:  ## real clients against a real server (installs them beside the rest)
+	@$(MAKE) --no-print-directory VENV=$(VENV)-clients clients-here
+
+clients-here: $(READY)
+	@echo "==> installing the clients"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[dev,clients]"
 	@$(BIN)/python -m pytest tests/clients
 
 soak: $(READY)  ## 1,000 requests, a third of which go away midway, against a real server
@@ -54,4 +61,4 @@ train: $(READY)  ## train the demo model anew (two hours on two cores)
 	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 120
 
 clean:  ## remove the virtual environment and all caches
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

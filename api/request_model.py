@@ -46,9 +46,8 @@ class RequestModel(BaseModel):
         properties = schema.setdefault("properties", {})
         for name in properties.keys() - set(schema.get("required", ())):
             properties[name] = _or_null(properties[name])
-        ignored = {name: {} for name in _NO_OPS | cls.no_ops} | {
-            name: {"enum": [*values, None]} for name, values in cls.neutral.items()
-        }
+        ignored: dict[str, Any] = {name: {} for name in _NO_OPS | cls.no_ops}
+        ignored |= {name: {"enum": [*values, None]} for name, values in cls.neutral.items()}
         schema["properties"] = properties | {name: ignored[name] for name in sorted(ignored.keys() - properties.keys())}
         schema["additionalProperties"] = {"type": "null"}
         return schema
@@ -57,7 +56,7 @@ class RequestModel(BaseModel):
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     if {"type": "null"} in schema.get("anyOf", ()):
         return schema
-    outside = {name: schema.pop(name) for name in ("title", "description", "default") if name in schema}
+    outside: dict[str, Any] = {name: schema.pop(name) for name in ("title", "description", "default") if name in schema}
     return {"anyOf": [schema, {"type": "null"}], **outside}
 
 

@@ -1,0 +1,97 @@
+"""For the tests of real clients: real server processes on the demo model, and the programs of docs/clients.md."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from stemcache.api.server_process import ServerProcess
+from stemcache.engine.demo import MODEL_PATH
+from stemcache.engine.demo.facts import FactDocument, random_corpus
+from stemcache.engine.engine import Engine
+
+PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
+# Nothing may be fetched: prices, models, data sets, usage statistics.
+OFFLINE = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+}
+os.environ.update(OFFLINE)
+
+# The demo model's own template knows no tools. This one shows them, and writes calls, in the form of Hermes and Qwen.
+TOOLS_SHOWN = "{%- if tools -%}{{ '<|system|>As <tool_call>: ' + tools | tojson + '<|end|>' }}{%- endif -%}"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    with ServerProcess("--dtype", "float32", "--pool-bytes", "128MiB") as process:
+        process.wait_until_ready(timeout=600)
+        yield process
+
+
+@pytest.fixture(scope="session")
+def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The demo model, named "caller", with a template that has a place for tools."""
+    folder = tmp_path_factory.mktemp("tools") / "caller"
+    shutil.copytree(MODEL_PATH, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(TOOLS_SHOWN + template.read_text())
+    with ServerProcess("--model", str(folder), "--dtype", "float32", "--pool-bytes", "64MiB") as process:
+        process.wait_until_ready(timeout=600)
+        yield process
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    with Engine.load(MODEL_PATH, dtype="float32", pool_bytes=64 << 20) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def corpus(request: pytest.FixtureRequest) -> list[FactDocument]:
+    """Documents that no other test uses, so that what is cached is what the test itself asked for."""
+    return random_corpus(random.Random(request.node.nodeid), 3)
+
+
+@pytest.fixture
+def documents(corpus: list[FactDocument]) -> list[dict[str, str]]:
+    return [document.as_template_document() for document in corpus]
+
+
+@pytest.fixture
+def run_from_page(server: ServerProcess, tmp_path: Path) -> Callable[[str], str]:
+    """Runs the program that docs/clients.md shows under a heading, in `tmp_path`; returns what it printed."""
+
+    def run(heading: str) -> str:
+        section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        [(language, program)] = re.findall(r"```(python|sh)\n(.*?)```", section, re.DOTALL)
+        assert len(program.splitlines()) < 12, "the page says it briefly"
+        program = program.replace("http://127.0.0.1:8000", server.url).replace("path/to/checkpoint", str(MODEL_PATH))
+        program = re.sub(r"\bcheckpoint\b", MODEL_PATH.name, program)
+        command = [sys.executable, "-c", program] if language == "python" else ["sh", "-e", "-c", program]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        caches = {"HF_HOME": str(tmp_path / "hf")}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | caches | {"PATH": path}, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
