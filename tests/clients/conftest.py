@@ -76,20 +76,25 @@ def documents(corpus: list[FactDocument]) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def run_from_page(server: ServerProcess, tmp_path: Path) -> Callable[[str], str]:
+def run_from_page(server: ServerProcess, tmp_path: Path) -> Callable[..., str]:
     """Runs the program that docs/clients.md shows under a heading, in `tmp_path`; returns what it printed."""
 
-    def run(heading: str) -> str:
+    def run(heading: str, url: str = server.url) -> str:
         section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
         [(language, program)] = re.findall(r"```(python|sh)\n(.*?)```", section, re.DOTALL)
         assert len(program.splitlines()) < 12, "the page says it briefly"
-        program = program.replace("http://127.0.0.1:8000", server.url).replace("path/to/checkpoint", str(MODEL_PATH))
+        program = program.replace("http://127.0.0.1:8000", url).replace("path/to/checkpoint", str(MODEL_PATH))
         program = re.sub(r"\bcheckpoint\b", MODEL_PATH.name, program)
         command = [sys.executable, "-c", program] if language == "python" else ["sh", "-e", "-c", program]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         caches = {"HF_HOME": str(tmp_path / "hf")}
         done = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | caches | {"PATH": path}, capture_output=True, text=True, timeout=900
+            command,
+            cwd=tmp_path,
+            env=os.environ | caches | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=3000,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

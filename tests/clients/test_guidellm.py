@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("guidellm", reason="make test-clients installs it")
 
 
-def test_a_load_run_has_no_failed_request(run_from_page: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_load_run_has_no_failed_request(run_from_page: Callable[..., str], tmp_path: Path) -> None:
     run_from_page("guidellm")
     [benchmark] = json.loads((tmp_path / "guidellm.json").read_text())["benchmarks"]
     totals = benchmark["metrics"]["request_totals"]

@@ -30,7 +30,7 @@ def asked(provider: str, corpus: list[FactDocument], documents: list[dict[str, s
     return {"model": f"{provider}/{MODEL}", "messages": messages, "extra_body": {"documents": documents}}
 
 
-def test_the_page(run_from_page: Callable[[str], str]) -> None:
+def test_the_page(run_from_page: Callable[..., str]) -> None:
     assert "7392" in run_from_page("litellm")
 
 

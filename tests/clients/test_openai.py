@@ -44,7 +44,7 @@ def test_it_is_the_release_that_was_asked_for() -> None:
     assert openai.__version__.split(".")[0] == os.environ.get("OPENAI_MAJOR", openai.__version__.split(".")[0])
 
 
-def test_the_page(run_from_page: Callable[[str], str]) -> None:
+def test_the_page(run_from_page: Callable[..., str]) -> None:
     assert "7392" in run_from_page("openai")
 
 

@@ -5,21 +5,13 @@ By its command line, as its pytest plugin is written for older releases of pytes
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from stemcache.api.server_process import ServerProcess
 
 pytest.importorskip("schemathesis", reason="make test-clients installs it")
-
-EXAMPLES = 8
-# A schema cannot say all that a request must be: that a token id lies in the vocabulary, that a prompt fits. So not
-# everything that fits the schema is accepted; what is refused must be refused in the described form.
-EXCLUDED = "positive_data_acceptance"
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +22,6 @@ def url() -> Iterator[str]:
         yield process.url
 
 
-def test_answers_are_as_described(url: str, tmp_path: Path) -> None:
-    program = Path(sys.executable).with_name("schemathesis")
-    limits = ["--max-examples", str(EXAMPLES), "--seed", "1", "--request-timeout", "120"]
-    run = subprocess.run(
-        [program, "run", f"{url}/openapi.json", "--exclude-checks", EXCLUDED, *limits],
-        cwd=tmp_path,  # where it keeps what it has found
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+@pytest.mark.timeout(3600)
+def test_answers_are_as_described(url: str, run_from_page: Callable[..., str]) -> None:
+    assert "Coverage" in run_from_page("schemathesis", url)
