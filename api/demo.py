@@ -47,8 +47,8 @@ def demo() -> int:
 def questions(rng: random.Random) -> Iterator[Question]:
     """Questions whose documents are as popular as Zipf's law says: the k-th is asked 1/k as often as the first.
 
-    A question comes with eight documents: those of the shelf of the document that answers it, and of the next shelf. So a
-    retriever finds the neighbours of what it looks for, and hands them over in the order of the catalogue.
+    A question comes with eight documents: those of the shelf of the document that answers it, and of the next shelf.
+    So a retriever finds the neighbours of what it looks for, and hands them over in the order of the catalogue.
     """
     corpus = random_corpus(rng, DOCUMENTS, fillers=FILLERS)
     popularity = [1 / rank for rank in range(1, DOCUMENTS + 1)]
