@@ -52,18 +52,19 @@ class RequestCheck:
     def room(self, n_prompt: int, params: SamplingParams) -> int:
         """How many tokens may be generated at most. Raises ContextLengthError."""
         room = self.max_model_len - n_prompt
-        what = "the model" if self.max_model_len == self.context_length else "the pool (see pool_bytes)"
+        # OpenAI's words: litellm, for one, knows an overlong prompt by them, not by the code.
+        limit = f"this model's maximum context length is {self.max_model_len} tokens"
+        if self.max_model_len < self.context_length:
+            limit += ", as the pool holds no more (see pool_bytes)"
         if room < (params.max_tokens != 0):
             raise ContextLengthError(
-                f"the prompt has {n_prompt} tokens; {what} holds {self.max_model_len}, "
-                "of which at least one is for the answer"
+                f"{limit}; the prompt has {n_prompt}, and at least one more is for the answer: shorten the prompt"
             )
         if params.max_tokens is None:
             return room
         if params.max_tokens > room:
             raise ContextLengthError(
-                f"{n_prompt} prompt tokens and max_tokens={params.max_tokens} are more than the {self.max_model_len} "
-                f"tokens that {what} holds",
+                f"{limit}; {n_prompt} of the prompt and max_tokens={params.max_tokens} are more: ask for fewer",
                 param="max_tokens",
             )
         return params.max_tokens

@@ -276,7 +276,7 @@ def test_bad_requests_are_refused_at_once(llama_engine, prompt, params, param):
 def test_lengths_beyond_the_model_or_the_pool(llama_engine):
     engine = llama_engine()
     assert engine.max_model_len == 256
-    with pytest.raises(ContextLengthError, match="the model holds 256"):
+    with pytest.raises(ContextLengthError, match="this model's maximum context length is 256 tokens"):
         engine.submit([5] * 256)
     with pytest.raises(ContextLengthError, match="max_tokens=200") as caught:
         engine.submit([5] * 100, SamplingParams(max_tokens=200))
