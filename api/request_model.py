@@ -31,13 +31,15 @@ class RequestModel(BaseModel):
     def _drop_what_asks_for_nothing(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        declared = cls.model_fields
-        return {
-            name: value
-            for name, value in fields.items()
-            if value is not None
-            and (name in declared or (name not in _NO_OPS | cls.no_ops and value not in cls.neutral.get(name, ())))
-        }
+        return {name: value for name, value in fields.items() if not cls._asks_for_nothing(name, value)}
+
+    @classmethod
+    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+        if value is None or name in cls.model_fields:
+            return value is None
+        # With the type, as 0 equals False.
+        neutral = any(type(value) is type(each) and value == each for each in cls.neutral.get(name, ()))
+        return neutral or name in _NO_OPS | cls.no_ops
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def test_a_wrong_method_is_told_all_right_ones(http: httpx.Client, path: str, me
         ({"store": False, "service_tier": "auto", "colour": None}, True),  # what asks for nothing
         ({"messages": [{"role": "user", "content": "Hi", "annotations": [], "refusal": None}]}, True),
         ({"store": True}, False),
+        ({"store": 0}, False),
         ({"colour": "red"}, False),
         ({"messages": None}, False),
         ({"messages": [{"role": "user", "content": "Hi", "colour": "red"}]}, False),
