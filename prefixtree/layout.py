@@ -38,6 +38,11 @@ class KVLayout:
             raise ValueError(f"chunk_tokens must be a power of two from 16 to 256, not {self.chunk_tokens}")
 
     @property
+    def chunk_shape(self) -> tuple[int, int, int, int, int]:
+        """`[layers, 2, kv_heads, chunk_tokens, head_dim]`."""
+        return self.layers, 2, self.kv_heads, self.chunk_tokens, self.head_dim
+
+    @property
     def bytes_per_token(self) -> int:
         """Keys and values of all layers: 2 * layers * kv_heads * head_dim * itemsize."""
         return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]

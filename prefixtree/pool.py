@@ -1,4 +1,4 @@
-"""The KV pool: the one tensor in which a device's chunks live. The only file of the store that knows torch.
+"""The KV pool: the one tensor in which a device's chunks live.
 
 Invariant: the tensor is allocated once, zeroed, and never moves; a slot is an index into its chunk axis. Which slot
 belongs to whom is not known here.
@@ -43,3 +43,30 @@ class KVPool:
     def copy_tokens(self, source_slot: int, target_slot: int, n_tokens: int) -> None:
         """Copy the keys and values of the first `n_tokens` tokens of a slot, in all layers, into another slot."""
         self.tensor[:, :, :, target_slot, :n_tokens] = self.tensor[:, :, :, source_slot, :n_tokens]
+
+    def read_chunk(self, slot: int) -> torch.Tensor:
+        """Return a copy of one slot in host memory, contiguous `[layers, 2, kv_heads, chunk_tokens, head_dim]`.
+
+        Raises:
+            IndexError: there is no such slot. (A negative one would be another chunk's data.)
+        """
+        self._check_slot(slot)
+        shape = self.layout.chunk_shape
+        return torch.empty(shape, dtype=self.tensor.dtype).copy_(self.tensor[:, :, :, slot])
+
+    def write_chunk(self, slot: int, chunk: torch.Tensor) -> None:
+        """Copy `chunk`, as `read_chunk` gives it, into a slot.
+
+        Raises:
+            IndexError: there is no such slot.
+            ValueError: the chunk's shape or dtype is not the layout's. (`copy_` would broadcast and convert it.)
+        """
+        self._check_slot(slot)
+        if tuple(chunk.shape) != self.layout.chunk_shape or chunk.dtype != self.tensor.dtype:
+            wanted = f"{self.layout.dtype} {list(self.layout.chunk_shape)}"
+            raise ValueError(f"a chunk of this pool is {wanted}, not {chunk.dtype} {list(chunk.shape)}")
+        self.tensor[:, :, :, slot].copy_(chunk)
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.n_chunks:
+            raise IndexError(f"there is no slot {slot} in a pool of {self.n_chunks}")

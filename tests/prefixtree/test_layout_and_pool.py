@@ -79,3 +79,47 @@ def test_copy_tokens_copies_all_layers_keys_and_values_and_nothing_else(n_tokens
 def test_memory_that_cannot_be_had_is_a_capacity_error() -> None:
     with pytest.raises(CapacityError, match="cannot allocate"):
         KVPool(LAYOUT, 2**50)
+
+
+def random_pool(n_chunks: int = 4) -> KVPool:
+    pool = KVPool(LAYOUT, n_chunks)
+    pool.tensor.copy_(torch.randn(pool.tensor.shape, generator=torch.Generator().manual_seed(0)))
+    return pool
+
+
+def test_a_chunk_that_is_read_is_a_contiguous_copy() -> None:
+    pool = random_pool()
+    chunk = pool.read_chunk(2)
+    assert chunk.shape == LAYOUT.chunk_shape == (3, 2, 2, 16, 5)
+    assert chunk.is_contiguous()
+    assert torch.equal(chunk, pool.tensor[:, :, :, 2])
+    pool.tensor.zero_()
+    assert chunk.any()
+
+
+def test_a_chunk_that_is_written_changes_its_slot_and_nothing_else() -> None:
+    pool, other = random_pool(), random_pool()
+    chunk = torch.full(LAYOUT.chunk_shape, float("nan"))
+    pool.write_chunk(1, chunk)
+    assert pool.read_chunk(1).isnan().all()
+    for slot in (0, 2, 3):
+        assert torch.equal(pool.read_chunk(slot), other.read_chunk(slot))
+
+
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_slots_that_are_not_there_are_neither_read_nor_written(slot: int) -> None:
+    pool = random_pool()
+    with pytest.raises(IndexError, match=f"no slot {slot} in a pool of 4"):
+        pool.read_chunk(slot)
+    with pytest.raises(IndexError, match="no slot"):
+        pool.write_chunk(slot, pool.read_chunk(0))
+
+
+def test_chunks_of_another_shape_or_dtype_are_not_written() -> None:
+    """`copy_` alone would broadcast the one and convert the other."""
+    pool = random_pool()
+    before = pool.tensor.clone()
+    for chunk in (pool.read_chunk(0)[:1], pool.read_chunk(0).double(), torch.zeros(())):
+        with pytest.raises(ValueError, match="a chunk of this pool is float32"):
+            pool.write_chunk(0, chunk)
+    assert torch.equal(pool.tensor, before)
