@@ -5,9 +5,11 @@ ledger     who owns each slot                         claims     which chunks ar
 tree       every cached chunk under its exact tokens  node       one of them
 eviction   which chunk goes first                     slots      free slots, as runs
 namespace  what besides the tokens decides a chunk    tokens     token ids as ordered bytes
-layout     the shape and size of a chunk              pool       the tensor; the only file that knows torch
+layout     the shape and size of a chunk              pool       the tensor in which chunks live
 explain    why each part of a prompt is a hit or a miss
 snapshot   a bounded picture of one namespace's tree
+frame      what a cold tier stores, checked           chunk_frames  chunks to frames and back, by a codec
+codecs/    a chunk's numbers as bytes: exact or lossy
 evicted    names of the chunks evicted last           accounts   what each namespace found and lost
 errors     the error tree
 """

@@ -16,7 +16,7 @@ ALLOWED = {
     "ragcache": {"ragcache", "engine", "prefixtree", "kernels"},
     "api": {"api", "ragcache", "engine", "prefixtree", "kernels"},
 }
-TORCH_FREE = ("tree.py", "slots.py", "store.py", "lease.py", "namespace.py", "eviction.py", "layout.py")
+TORCH_FREE = ("tree.py", "slots.py", "store.py", "lease.py", "namespace.py", "eviction.py", "layout.py", "frame.py")
 
 
 def imported_modules(source: str) -> set[str]:
