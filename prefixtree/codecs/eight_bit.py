@@ -28,7 +28,7 @@ class Int8:
 
     def restore(self, parts: Sequence[Tensor], layout: KVLayout) -> Tensor:
         scale, codes = parts
-        return codes.float() * scale.float()[..., None]
+        return codes.float().mul_(scale.float()[..., None])
 
 
 class Fp8:
@@ -50,4 +50,4 @@ class Fp8:
 
     def restore(self, parts: Sequence[Tensor], layout: KVLayout) -> Tensor:
         scale, codes = parts
-        return codes.view(self._dtype).float() * scale.float()[..., None]
+        return codes.view(self._dtype).float().mul_(scale.float()[..., None])

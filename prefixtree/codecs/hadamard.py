@@ -43,7 +43,7 @@ class Hadamard4:
 
     def restore(self, parts: Sequence[Tensor], layout: KVLayout) -> Tensor:
         step, packed = parts
-        groups = (unpack_codes(packed, 4).float() - 7.5).view(*step.shape, _GROUP) * step.float()[..., None]
+        groups = unpack_codes(packed, 4).float().sub_(7.5).view(*step.shape, _GROUP).mul_(step.float()[..., None])
         values = (groups @ _hadamard()).reshape(*layout.chunk_shape[:-1], -1)
         return values.narrow(-1, 0, layout.head_dim)
 

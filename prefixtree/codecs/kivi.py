@@ -72,4 +72,4 @@ class Kivi:
     def _numbers(self, parts: Sequence[Tensor], shape: tuple[int, int, int]) -> Tensor:
         zero, step, packed = parts
         codes = unpack_codes(packed, self._bits).view(*zero.shape[:2], *shape)
-        return codes.float() * step.float() + zero.float()
+        return codes.float().mul_(step.float()).add_(zero.float())

@@ -25,4 +25,4 @@ def round_up(values: Tensor) -> Tensor:
 
 def divide(values: Tensor, scale: Tensor) -> Tensor:
     """Return values / scale; 0 where the scale is: there, all values of the group are below 1e-42."""
-    return torch.where(scale > 0, values / scale.float(), 0.0)
+    return values / torch.where(scale > 0, scale.float(), torch.inf)
