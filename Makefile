@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean
+.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -50,6 +50,11 @@ clients-here: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[dev,clients]"
 	@$(BIN)/python -m pytest tests/clients
+
+FUZZ_SECONDS ?= 300
+fuzz: $(READY)  ## throw bytes at what reads stored frames, guided by coverage, for FUZZ_SECONDS (installs atheris)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[fuzz]"
+	@$(BIN)/python tests/fuzz/fuzz_frames.py -max_total_time=$(FUZZ_SECONDS)
 
 soak: $(READY)  ## 1,000 requests, a third of which go away midway, against a real server
 	@$(BIN)/python benchmarks/soak.py

@@ -8,7 +8,8 @@ namespace  what besides the tokens decides a chunk    tokens     token ids as or
 layout     the shape and size of a chunk              pool       the tensor in which chunks live
 explain    why each part of a prompt is a hit or a miss
 snapshot   a bounded picture of one namespace's tree
-frame      what a cold tier stores, checked           chunk_frames  chunks to frames and back, by a codec
+frame      what a cold tier stores, checked           frame_header  what a frame says of its chunks
+chunk_frames  chunks to frames and back, by a codec
 codecs/    a chunk's numbers as bytes: exact or lossy
 evicted    names of the chunks evicted last           accounts   what each namespace found and lost
 errors     the error tree

@@ -16,7 +16,17 @@ ALLOWED = {
     "ragcache": {"ragcache", "engine", "prefixtree", "kernels"},
     "api": {"api", "ragcache", "engine", "prefixtree", "kernels"},
 }
-TORCH_FREE = ("tree.py", "slots.py", "store.py", "lease.py", "namespace.py", "eviction.py", "layout.py", "frame.py")
+TORCH_FREE = (
+    "tree.py",
+    "slots.py",
+    "store.py",
+    "lease.py",
+    "namespace.py",
+    "eviction.py",
+    "layout.py",
+    "frame.py",
+    "frame_header.py",
+)
 
 
 def imported_modules(source: str) -> set[str]:

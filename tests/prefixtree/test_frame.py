@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stemcache.prefixtree import frame as frame_module
 from stemcache.prefixtree.errors import FrameError
-from stemcache.prefixtree.frame import Frame, FrameHeader, pack, unpack
+from stemcache.prefixtree.frame import MAX_HEAD_BYTES, Frame, FrameHeader, level_ends, pack, unpack
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node, chain_digest
@@ -186,6 +186,23 @@ def test_fewer_levels_where_they_are_allowed() -> None:
     assert contents(unpack(FRAME, HEADER.digest, allow_fewer_levels=True)) == LEVELS
     assert reason_of(FRAME[: -second - 1], allow_fewer_levels=True) == "truncated"
     assert reason_of(FRAME + b"\0", allow_fewer_levels=True) == "oversized"
+
+
+def test_where_the_levels_end_is_known_from_the_beginning() -> None:
+    first, second = (sum(map(len, level)) for level in LEVELS)
+    start = len(FRAME) - first - second
+    assert level_ends(FRAME, HEADER.digest) == [start + first, len(FRAME)]
+    assert level_ends(FRAME[:start], HEADER.digest) == [start + first, len(FRAME)]
+    assert level_ends(SEALED[:start], HEADER.digest, secret=SECRET) == [start + first, len(SEALED)]
+    assert start <= MAX_HEAD_BYTES
+    for data, digest in (
+        (FRAME[: start - 1], HEADER.digest),
+        (b"", HEADER.digest),
+        (FRAME, bytes(32)),
+        (SEALED, HEADER.digest),
+    ):
+        with pytest.raises(FrameError):
+            level_ends(data, digest)
 
 
 # A header that is sealed correctly, as a hostile writer would, but says what cannot be.
