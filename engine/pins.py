@@ -120,7 +120,7 @@ class Pins:
             pass
 
     def _end(self, name: str) -> None:
-        self._pins.pop(name).lease.release()
+        self._pins.pop(name).lease.release(used=False)
 
     def _held(self) -> set[Node]:
         """The chunks that pins hold. O(their number)."""

@@ -127,7 +127,7 @@ class Scheduler:
         try:
             lease.reserve(len(sequence.tokens))
         except CapacityError:
-            lease.release()
+            lease.release(used=False)
             return False
         lease.claim(sequence.tokens)
         sequence.lease, sequence.computed = lease, lease.cached_tokens

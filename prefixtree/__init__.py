@@ -3,7 +3,8 @@
 store      PrefixStore: what the engine talks to      lease      one sequence's hold on its chunks
 ledger     who owns each slot                         claims     which chunks are being computed right now
 tree       every cached chunk under its exact tokens  node       one of them
-eviction   which chunk goes first                     slots      free slots, as runs
+eviction   which chunk goes first: LRU, LFU           slots      free slots, as runs
+pgdsf      the same, by frequency and cost            frequency  counts that fade, in bounded memory
 namespace  what besides the tokens decides a chunk    tokens     token ids as ordered bytes
 layout     the shape and size of a chunk              pool       the tensor in which chunks live
 explain    why each part of a prompt is a hit or a miss

@@ -141,14 +141,18 @@ class Lease:
         tail = [self._ledger.copy(self.slots[n_full], n_rest, after=None)] if n_rest else []
         return Lease(self._ledger, self._live, node, tail, n_tokens)
 
-    def release(self) -> None:
-        """End the hold: committed full chunks stay cached, private slots are freed. Does nothing the second time."""
+    def release(self, *, used: bool = True) -> None:
+        """End the hold: committed full chunks stay cached, private slots are freed. Does nothing the second time.
+
+        used: whether it was a use of what is cached, which eviction by frequency counts. A request that could not start
+            comes back until it can, and would count each time.
+        """
         if self.released:
             return
         self._live.remove(self)
         self._drop_claim()
         self._ledger.drop(self.private_slots)
-        self._ledger.tree.touch(self._node)
+        self._ledger.tree.touch(self._node, uses=int(used))
         self._ledger.tree.unpin(self._node)
         self.slots = []
 

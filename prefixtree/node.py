@@ -33,12 +33,15 @@ class Node:
         used: when it was inserted or last used as the end of a path, on the monotonic clock; 0 for a root.
         root: the root of its namespace; a root's own is itself.
         n_chunks: for a root, the cached chunks of its namespace; 0 for others.
+        uses, history, clock: the eviction policy's notes. `uses` ended here, or at children that are gone.
     """
 
     __slots__ = (
         "_digest",
         "children",
+        "clock",
         "depth",
+        "history",
         "key",
         "leases",
         "n_chunks",
@@ -49,6 +52,7 @@ class Node:
         "slot",
         "ticket",
         "used",
+        "uses",
     )
 
     def __init__(self, parent: Node | None, key: bytes, slot: int) -> None:
@@ -64,6 +68,9 @@ class Node:
         self.used = 0.0
         self.root: Node = self if parent is None else parent.root
         self.n_chunks = 0
+        self.uses = 0
+        self.history = 0.0
+        self.clock = 0.0
         self._digest: bytes | None = key if parent is None else None
 
     @property

@@ -268,6 +268,6 @@ class PrefixStore:
         except CapacityError:
             tail, cached_tokens = [], match.full_tokens
         finally:
-            ledger.tree.touch(partial)
+            ledger.tree.touch(partial, uses=0)  # the path up to it is a use of the lease
             ledger.tree.unpin(partial)
         return Lease(ledger, self._leases, match.node, tail, cached_tokens)

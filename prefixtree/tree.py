@@ -110,7 +110,7 @@ class PrefixTree:
         insort(parent.order, key)
         self._n_nodes += 1
         node.root.n_chunks += 1
-        node.priority = self._policy.touch(node)
+        node.priority = self._policy.insert(node)
         node.used = time.monotonic()
         self.pin(node)
         return node
@@ -130,11 +130,11 @@ class PrefixTree:
             self._pinned.discard(node)
             self._settle(node)
 
-    def touch(self, node: Node) -> None:
-        """Tell the policy that `node`'s path was used. Ancestors learn of it when they become leaves (`evict`)."""
+    def touch(self, node: Node, uses: int = 1) -> None:
+        """Tell the policy that `node`'s path was used, 0 times if only in part. Ancestors learn of it as leaves."""
         if node.parent is None:
             return
-        node.priority = self._policy.touch(node)
+        node.priority = self._policy.touch(node, uses)
         node.used = time.monotonic()
         if node.ticket:
             self._withdraw(node)
@@ -143,12 +143,13 @@ class PrefixTree:
     def evict(self, n: int) -> list[Node]:
         """Remove up to `n` chunks, the lowest priority first, and return them: fewer if the rest is leased.
 
-        O(log chunks) each. A parent inherits its child's priority if that is higher: using the child was using it.
+        O(log chunks) each. A parent inherits its child's uses: using the child was using it.
         """
         evicted: list[Node] = []
         while len(evicted) < n and self._heap:
             _, ticket, node = heappop(self._heap)
             if node.ticket == ticket:
+                self._policy.evict(node)
                 self._remove(node)
                 evicted.append(node)
         return evicted
@@ -228,6 +229,8 @@ class PrefixTree:
         if node.parent is None:
             _require(bool(node.children) or node.leases > 0, f"{node} is a root on which nothing hangs")
             _require(self._roots.get(node.key) is node, f"{node} stands under another namespace")
+        else:
+            self._policy.check(node)
         expected = node.parent is not None and not node.children and not node.leases
         _require((node.ticket != 0) == expected, f"{node} is offered for eviction though it must not be, or is not")
 
@@ -259,7 +262,8 @@ class PrefixTree:
         del parent.order[bisect_left(parent.order, leaf.key)]
         self._n_nodes -= 1
         leaf.root.n_chunks -= 1
-        parent.priority = max(parent.priority, leaf.priority)
+        if parent.parent is not None:
+            parent.priority = self._policy.inherit(parent, leaf)
         parent.used = max(parent.used, leaf.used)
         self._settle(parent)
 

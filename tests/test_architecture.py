@@ -26,6 +26,8 @@ TORCH_FREE = (
     "layout.py",
     "frame.py",
     "frame_header.py",
+    "pgdsf.py",
+    "frequency.py",
 )
 
 

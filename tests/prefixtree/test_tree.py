@@ -207,7 +207,7 @@ def empty_root(tree: PrefixTree, node: Node) -> None:
         (set_depth, "one deeper"),
         (lose_node, "counted"),
         (empty_heap, "heap"),
-        (set_priority, "heap"),
+        (set_priority, "lru|heap"),
         (empty_root, "nothing hangs"),
     ],
 )
