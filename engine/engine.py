@@ -32,6 +32,7 @@ from stemcache.engine.families import require_served
 from stemcache.engine.grammar import GrammarCompiler
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.outputs import Completion
+from stemcache.engine.policies import QUEUES
 from stemcache.engine.prompts import Prompts
 from stemcache.engine.request_check import RequestCheck
 from stemcache.engine.runner import ModelRunner
@@ -68,6 +69,7 @@ class Engine:
     Attributes:
         prompts: the tokenizer and the chat template. grammars: what compiles the grammars of requests.
         cache: what is cached, for its owner to look at and change.
+        cost: how long steps take, learned while serving; anybody may read it.
     """
 
     def __init__(
@@ -79,7 +81,11 @@ class Engine:
         chunk_tokens: int = 64,
         max_step_tokens: int = MAX_STEP_TOKENS,
         max_running: int = MAX_RUNNING,
+        eviction: str = "lru",
+        queue: str = "fcfs",
     ) -> None:
+        if queue not in QUEUES:
+            raise ValueError(f"queue must be one of {', '.join(QUEUES)}, not {queue!r}")
         self.model_name = name
         self.created = int(time.time())
         self.prompts = Prompts(checkpoint.tokenizer)
@@ -98,7 +104,10 @@ class Engine:
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             max_logit_rows=max(1, MAX_STEP_LOGITS // self.vocab_size),
+            eviction=eviction,
+            cache_first=queue == "cache",
         )
+        self.cost = self._loop.cost
         self._request_check = RequestCheck(
             self.vocab_size, self.max_model_len, self._runner.context_length, has_text=self.prompts.backend is not None
         )
@@ -114,17 +123,21 @@ class Engine:
         dtype: str = "auto",
         pool_bytes: int = 2 << 30,
         chunk_tokens: int = 64,
+        eviction: str = "lru",
+        queue: str = "fcfs",
     ) -> Engine:
         """Load a folder in Hugging Face's form, or a hub name.
 
         device: "auto" or "cpu"; "cuda" is refused until there is a backend for it.
         dtype: "auto" (the checkpoint's own where it is computed natively), "float32", "bfloat16" or "float16".
         pool_bytes: memory for keys and values. chunk_tokens: tokens per chunk, a power of two from 16 to 256.
-        Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other chunk sizes.
+        eviction: what goes when the pool is full, by "lru", "lfu" or "pgdsf".
+        queue: which of a tenant's requests starts first, "fcfs" (the first to come) or "cache" (the most cached one).
+        Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other values.
         """
         checkpoint = load_checkpoint(path_or_name, device=_device(device), dtype=dtype)
         name = Path(path_or_name).name if Path(path_or_name).exists() else str(path_or_name)
-        return cls(checkpoint, name, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens)
+        return cls(checkpoint, name, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens, eviction=eviction, queue=queue)
 
     @classmethod
     def from_model(

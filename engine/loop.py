@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
 from torch import Tensor
 
+from stemcache.engine.cost import CostSurface
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.errors import EngineClosedError, EngineError, GrammarError
 from stemcache.engine.outputs import Delta, FinishReason
 from stemcache.engine.pins import Pins
+from stemcache.engine.policies import eviction_policy
 from stemcache.engine.prompts import Prompts
 from stemcache.engine.runner import ModelRunner
 from stemcache.engine.sampler import Chosen, TokenChooser, choose_tokens
@@ -43,15 +46,23 @@ class EngineLoop:
         max_step_tokens: int,
         max_running: int,
         max_logit_rows: int,
+        eviction: str,
+        cache_first: bool,
     ) -> None:
         self._runner = runner
         self._prompts = prompts
         self._eos = eos
         pool = runner.pool
-        self.store = PrefixStore(pool.n_chunks, runner.layout.chunk_tokens, pool.copy_tokens)
+        self.cost = CostSurface()
+        policy = eviction_policy(eviction, pool.n_chunks, runner.layout.chunk_tokens, self.cost)
+        self.store = PrefixStore(pool.n_chunks, runner.layout.chunk_tokens, pool.copy_tokens, policy)
         self.pins = Pins(self.store)
         self.scheduler = Scheduler(
-            self.store, max_step_tokens=max_step_tokens, max_running=max_running, max_logit_rows=max_logit_rows
+            self.store,
+            max_step_tokens=max_step_tokens,
+            max_running=max_running,
+            max_logit_rows=max_logit_rows,
+            cache_first=cache_first,
         )
         self.generated_tokens = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -173,7 +184,9 @@ class EngineLoop:
             step = self.scheduler.schedule()
         assert step, "requests wait, none runs and none can start"
         try:
+            began = time.perf_counter()
             logits = self._runner.run(step)
+            self.cost.observe([(entry.start, entry.stop - entry.start) for entry in step], time.perf_counter() - began)
             self._commit(step)
             self._score_prompts(step, logits)
             self._end_unanswered(step)

@@ -46,16 +46,23 @@ class Scheduler:
     max_running: sequences that hold slots at once.
     max_logit_rows: rows of logits in one step, beside the last one of each sequence. Only prompts whose own tokens'
         log-probabilities are asked for have such rows; what does not fit comes in the next step.
+    cache_first: within a tenant, start those first whose prompts are cached for the most part.
     """
 
     def __init__(
-        self, store: PrefixStore, *, max_step_tokens: int, max_running: int, max_logit_rows: int = 1 << 16
+        self,
+        store: PrefixStore,
+        *,
+        max_step_tokens: int,
+        max_running: int,
+        max_logit_rows: int = 1 << 16,
+        cache_first: bool = False,
     ) -> None:
         self._store = store
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
         self._max_logit_rows = max_logit_rows
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(self._cached_share if cache_first else None)
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.prompt_tokens = 0  # of the requests that started, and how many of them were cached
@@ -108,6 +115,8 @@ class Scheduler:
 
     def _admit(self, step: dict[Sequence, Scheduled], budget: _Budget) -> None:
         """Start waiting sequences in turn, as far as budget and slots reach."""
+        if budget.tokens <= 0 or len(self.running) >= self._max_running:
+            return  # before anybody looks up prompts to find whose turn it is
         for sequence in self.waiting.in_turn():
             if budget.tokens <= 0 or len(self.running) >= self._max_running:
                 return
@@ -140,6 +149,10 @@ class Scheduler:
         self.waiting.start(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
         return True
+
+    def _cached_share(self, sequence: Sequence) -> float:
+        cached = self._store.match_tokens(sequence.tokens[: sequence.first_logits], sequence.request.namespace)
+        return cached / (len(sequence.tokens) - cached)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Start `child`, another choice of `parent`'s request, on the parent's computed prompt.

@@ -68,6 +68,7 @@ class Sequence:
     lease: Lease | None = None
     computed: int = 0
     finish_reason: FinishReason | None = None
+    overtaken: int = 0  # by how many that came later and started before it, while it waited
 
     @property
     def remaining(self) -> int:

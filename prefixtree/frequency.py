@@ -46,14 +46,16 @@ class FrequencySketch:
         """Return the faded count of a key; 0 for one that was never added, unless it collides. O(1)."""
         a, b, c, d = _ROWS.unpack(digest)
         rows, mask = self._rows, self._mask
-        return min(rows[0][a & mask], rows[1][b & mask], rows[2][c & mask], rows[3][d & mask]) / self._scale
+        least: float = min(rows[0][a & mask], rows[1][b & mask], rows[2][c & mask], rows[3][d & mask])
+        return least / self._scale
 
     def add(self, digest: bytes, count: float = 1.0) -> None:
         """Count a key `count` times more. O(1), amortised."""
-        places = [key & self._mask for key in _ROWS.unpack(digest)]
-        new = min(row[place] for row, place in zip(self._rows, places, strict=True)) + count * self._scale
-        for row, place in zip(self._rows, places, strict=True):
-            row[place] = max(row[place], new)
+        new = (self.estimate(digest) + count) * self._scale
+        for row, key in zip(self._rows, _ROWS.unpack(digest), strict=True):
+            place = key & self._mask
+            if row[place] < new:
+                row[place] = new
         self._scale *= self._growth**count
         if self._scale > _LARGEST_SCALE:
             self._rescale()

@@ -61,6 +61,9 @@ class Model:
         own = self.own(path)
         return max([self.born[path], *(clock for _, clock in own)]) + len(own) * cost(len(path))
 
+    def remembering(self, path: Path) -> float:
+        return self.pgdsf(path) + self.history[path] * cost(len(path))
+
     def gated(self, path: Path) -> float:
         own = self.own(path)
         counted = max(0, self.history[path] + len(own) - 1)
@@ -81,7 +84,8 @@ POLICIES: dict[str, tuple[Callable[[], EvictionPolicy], Callable[[Model, Path], 
     "lfu": (LFU, Model.lfu),
     "pgdsf": (lambda: PGDSF(cost), Model.pgdsf),
     # So wide that nothing collides, so patient that nothing fades: the history is then a plain count.
-    "gated": (lambda: PGDSF(cost, FrequencySketch(1 << 10, half_life=1e12)), Model.gated),
+    "history": (lambda: PGDSF(cost, FrequencySketch(1 << 10, half_life=1e12)), Model.remembering),
+    "gated": (lambda: PGDSF(cost, FrequencySketch(1 << 10, half_life=1e12), gate=True), Model.gated),
 }
 
 
@@ -168,6 +172,11 @@ def test_drift(name: str, recovers: bool) -> None:
         tree.evict(len(tree) - 10)
     found = sum(tree.match(SPACE, encode_tokens([document])).tokens for document in range(10, 20))
     assert (found == 10) is recovers
+
+
+def test_a_gate_needs_a_history() -> None:
+    with pytest.raises(ValueError, match="needs a history"):
+        PGDSF(gate=True)
 
 
 def test_dear_chunks_outlive_cheap_ones() -> None:
