@@ -1,4 +1,4 @@
-"""The command line: `stemcache serve`, `generate`, `demo`, `explain` and `tree`.
+"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree` and `simulate`.
 
 Invariant: a user's mistake ends in one sentence on stderr and exit status 2, never in a traceback. Commands are
 imported when they run, so that `--help` does not wait for torch.
@@ -49,6 +49,10 @@ def _run(options: argparse.Namespace) -> int:
             from stemcache.api.cache_commands import tree
 
             return tree(options)
+        case "simulate":
+            from stemcache.api.simulate import simulate
+
+            return simulate(options)
         case _:
             from stemcache.api.demo import demo
 
@@ -82,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("demo", help="ask the demo model questions over HTTP and show what the cache saves")
     _add_cache_commands(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -123,6 +128,24 @@ def _add_cache_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         )
 
 
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("simulate", help="compare eviction policies and document orders, without a model")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="JSON lines with documents or Mooncake's hash_ids")
+    parser.add_argument(
+        "--capacity-tokens", type=_positive, default=1_050_000, help="what the cache holds (default: %(default)s)"
+    )
+    parser.add_argument("--chunk-tokens", type=_positive, default=512, help="smaller is slower (default: %(default)s)")
+    parser.add_argument("--max-shift", type=_positive, metavar="N", help="also: documents moved by N places at most")
+    parser.add_argument("--backlog", type=_positive, metavar="N", help="also: both queues, with N requests waiting")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a file, as SVG")
+    made = parser.add_argument_group("synthetic workloads, without --trace")
+    made.add_argument("--k", type=_positive, nargs="+", default=[2, 5], help="documents per request (default: 2 5)")
+    made.add_argument("--requests", type=_positive, default=6_000, help="default: %(default)s")
+    made.add_argument("--documents", type=_positive, default=20_000, help="default: %(default)s")
+    made.add_argument("--seeds", type=_positive, nargs="+", default=[7], help="a run for each (default: 7)")
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model folder or hub name (default: the demo model that ships with stemcache)")
     parser.add_argument(
@@ -144,6 +167,18 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="memory for keys and values, such as 512MiB (default: %(default)s)",
     )
     parser.add_argument("--chunk-tokens", type=int, choices=[16, 32, 64, 128, 256], default=64)
+    parser.add_argument(
+        "--eviction",
+        choices=["lru", "lfu", "pgdsf"],
+        default="lru",
+        help="what goes when the pool is full; pgdsf weighs use and cost, for documents (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--queue",
+        choices=["fcfs", "cache"],
+        default="fcfs",
+        help="which of a key's requests starts first; cache: the one that is cached most (default: %(default)s)",
+    )
 
 
 def _size(text: str) -> int:

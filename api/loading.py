@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_engine(options: argparse.Namespace) -> Engine:
-    """The engine of `--model`, `--device`, `--dtype`, `--pool-bytes` and `--chunk-tokens`. Raises StemcacheError."""
+    """The engine of the command line's model options. Raises StemcacheError."""
     console = Console(stderr=True, highlight=False)
     start = time.monotonic()
     with console.status("loading torch and transformers ..."):  # shows nothing where stderr is no terminal
@@ -35,6 +35,8 @@ def load_engine(options: argparse.Namespace) -> Engine:
             dtype=options.dtype,
             pool_bytes=options.pool_bytes,
             chunk_tokens=options.chunk_tokens,
+            eviction=options.eviction,
+            queue=options.queue,
         )
     _log.info("loaded %s in %.1f s", engine.model_name, time.monotonic() - start)
     return engine
