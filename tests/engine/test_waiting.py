@@ -10,6 +10,7 @@ from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.sequence import Request, Sequence
 from stemcache.engine.stream import Stream
+from stemcache.engine.turns import WINDOW
 from stemcache.engine.waiting import WaitingQueue
 from stemcache.prefixtree.namespace import Namespace
 
@@ -155,3 +156,83 @@ def test_tenants_that_are_gone_take_no_memory():
         start_next(queue, 1)
         start_next(queue, 1)
     assert len(queue._served) < 10
+
+
+# -- the order of what is cached ---------------------------------------------------------------------------------------
+
+
+@SETTINGS
+@given(
+    st.lists(st.tuples(st.sampled_from(TENANTS[:2]), st.integers(0, 1), st.integers(0, 9)), min_size=1, max_size=60),
+    st.randoms(use_true_random=False),
+)
+def test_cached_requests_go_first_within_tenant_and_priority(entries, random):
+    """Whenever one starts, it is the most cached of its tenant's most urgent, unless another was overtaken enough."""
+    share = {}
+    queue = WaitingQueue(share.__getitem__)
+    waiting = []
+    for tenant, priority, cached in entries:
+        waiting.append(sequence(tenant, priority))
+        share[waiting[-1]] = cached
+        queue.add(waiting[-1])
+    while waiting:
+        chosen = next(queue.in_turn())
+        rivals = [s for s in waiting if (s.request.tenant, s.request.priority) == _group(chosen)]
+        own = [s for s in waiting if s.request.tenant == chosen.request.tenant]
+        assert chosen.request.priority == min(s.request.priority for s in own)
+        due = [s for s in rivals[:WINDOW] if s.overtaken >= WINDOW]
+        best = due[0] if due else max(rivals[:WINDOW], key=share.__getitem__)
+        assert chosen is best
+        queue.start(chosen)
+        queue.charge(chosen.request.tenant, random.randint(1, LARGEST))
+        waiting.remove(chosen)
+
+
+def _group(each):
+    return each.request.tenant, each.request.priority
+
+
+@SETTINGS
+@given(st.lists(st.booleans(), min_size=35, max_size=60))
+def test_nobody_is_overtaken_more_often_than_the_bound(arrivals):
+    """A stream of requests that are all cached, before one that is not and a few more like it."""
+    overtaken, share = {}, {}
+    queue = WaitingQueue(share.__getitem__)
+    waiting = []
+    for is_cached in [False, *arrivals]:
+        for cached in (is_cached, True):
+            waiting.append(sequence())
+            share[waiting[-1]], overtaken[waiting[-1]] = float(cached), 0
+            queue.add(waiting[-1])
+        chosen = next(queue.in_turn())
+        for earlier in waiting[: waiting.index(chosen)]:
+            overtaken[earlier] += 1
+        queue.start(chosen)
+        waiting.remove(chosen)
+    assert max(overtaken.values()) <= WINDOW
+    if all(arrivals):
+        assert max(overtaken.values()) == WINDOW, "the bound was never reached"
+
+
+@SETTINGS
+@given(st.lists(costs, min_size=10, max_size=25), st.integers(2, 4), st.randoms(use_true_random=False))
+def test_the_order_of_what_is_cached_changes_no_tenants_turn(charges, n_tenants, random):
+    shares = {}
+    by_arrival, by_cached = WaitingQueue(), WaitingQueue(lambda each: shares[each])
+    for tenant in TENANTS[:n_tenants]:
+        for _ in charges:
+            each = sequence(tenant)
+            shares[each] = random.random()
+            by_arrival.add(each)
+            by_cached.add(each)
+    for cost in charges:
+        assert start_next(by_arrival, cost) == start_next(by_cached, cost)
+
+
+def test_prompts_are_looked_up_for_the_tenant_in_turn_only():
+    asked = []
+    queue = WaitingQueue(lambda each: asked.append(each.request.tenant) or 0.0)
+    for tenant in TENANTS * 50:
+        queue.add(sequence(tenant))
+    next(queue.in_turn())
+    assert asked == [TENANTS[0]] * WINDOW
