@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz
+.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -61,6 +61,9 @@ soak: $(READY)  ## 1,000 requests, a third of which go away midway, against a re
 
 bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
 	@for name in attention tree ttft decode answers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+kernel-gate: $(READY)  ## compile every GPU kernel configuration for sm_80, sm_90 and sm_100 (no GPU needed)
+	@$(BIN)/python -m stemcache.kernels.triton_compile
 
 train: $(READY)  ## train the demo model anew (two hours on two cores)
 	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 120

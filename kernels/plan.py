@@ -23,6 +23,29 @@ which is what one row takes over 256 keys. Derived from those two times; the thr
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """When a node is read once for all its readers, counted in key tokens that need not be read again.
+
+    fixed_tokens: what the node must spare in any case.
+    row_tokens: what one partial result of one row costs to write and to read back; a reader pays it for the item, for
+        every `split_tokens` of it, and once more because its own part is then no longer its only one.
+    split_tokens: the length to which a backend cuts long items.
+    batch_invariant: nodes end at multiples of split_tokens, and backends that know of it cut there and nowhere else,
+        so that a row's result does not depend on its batch.
+    """
+
+    fixed_tokens: int = SHARE_TOKENS
+    row_tokens: float = 0.0
+    split_tokens: int = 256
+    batch_invariant: bool = False
+
+    def pays(self, branches: int, rows: int, tokens: int) -> bool:
+        """Whether to share `tokens` tokens that `rows` rows on `branches` branches would otherwise read one by one."""
+        partials = self.row_tokens * rows * (1 + tokens / self.split_tokens)
+        return tokens > 0 and (branches - 1) * tokens >= self.fixed_tokens + partials
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceRows:
     """One sequence's part of a step: its new rows are the positions `[start, stop)`.
@@ -71,6 +94,7 @@ class AttentionPlan:
     token_slots: NDArray[np.int64]
     items: tuple[WorkItem, ...]
     max_chunk: int
+    sharing: Sharing
     _derived: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @property
@@ -78,12 +102,19 @@ class AttentionPlan:
         return len(self.positions)
 
     @classmethod
-    def build(cls, sequences: Sequence[SequenceRows], *, chunk_tokens: int) -> AttentionPlan:
-        """Plan one step over `sequences`.
+    def build(
+        cls, sequences: Sequence[SequenceRows], *, chunk_tokens: int, sharing: Sharing | None = None
+    ) -> AttentionPlan:
+        """Plan one step over `sequences`. sharing: which nodes to share; by default those that pay on a CPU.
 
         Raises ValueError for an empty step, a chunk size that is not a power of two from 16 to 256, chunks that do
-        not reach `stop`, or a negative chunk id.
+        not reach `stop`, or a negative chunk id, and for a batch-invariant split that is no multiple of the chunk.
         """
+        sharing = sharing or Sharing()
+        if sharing.batch_invariant and sharing.split_tokens % chunk_tokens:
+            raise ValueError(
+                f"batch-invariant splits of {sharing.split_tokens} tokens would cut chunks of {chunk_tokens}"
+            )
         if not sequences:
             raise ValueError("a plan needs at least one sequence")
         if chunk_tokens not in (16, 32, 64, 128, 256):
@@ -99,8 +130,8 @@ class AttentionPlan:
         token_slots = flat[index].astype(np.int64) * chunk_tokens + positions % chunk_tokens
         if flat.min() < 0:
             raise ValueError("chunk ids must not be negative")
-        items = _items(sequences, chunks, row_begin, chunk_tokens)
-        return cls(tuple(sequences), chunk_tokens, positions, token_slots, items, int(flat.max()))
+        items = _items(sequences, chunks, row_begin, chunk_tokens, sharing)
+        return cls(tuple(sequences), chunk_tokens, positions, token_slots, items, int(flat.max()), sharing)
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()`, kept under `key` for the life of the plan: what a backend derives once and all layers use."""
@@ -149,6 +180,7 @@ def _items(
     chunks: list[NDArray[np.int32]],
     row_begin: NDArray[np.int64],
     chunk_tokens: int,
+    sharing: Sharing,
 ) -> tuple[WorkItem, ...]:
     """Cut the forest into work items, shared ones first.
 
@@ -158,16 +190,19 @@ def _items(
     forest = Forest.build([run[: s.start // chunk_tokens] for s, run in zip(sequences, chunks, strict=True)])
     order = forest.order
     rows = [np.arange(row_begin[i], row_begin[i] + sequences[i].stop - sequences[i].start) for i in order]
+    counts = [len(own) for own in rows]
+    align = sharing.split_tokens // chunk_tokens if sharing.batch_invariant else 1
     begin = [0] * len(order)
     items: list[WorkItem] = []
     for node in forest.nodes():
-        run_begin = begin[node.first]
-        if (node.branches - 1) * (node.end - run_begin) * chunk_tokens < SHARE_TOKENS:
+        run_begin, end = begin[node.first], node.end // align * align
+        readers = sum(counts[node.first : node.last]) if sharing.row_tokens else 0
+        if not sharing.pays(node.branches, readers, (end - run_begin) * chunk_tokens):
             continue
-        begin[node.first : node.last] = [node.end] * (node.last - node.first)
-        run = chunks[order[node.first]][run_begin : node.end]
+        begin[node.first : node.last] = [end] * (node.last - node.first)
+        run = chunks[order[node.first]][run_begin:end]
         node_rows = np.concatenate(rows[node.first : node.last])
-        items.append(WorkItem(node_rows, run, run_begin * chunk_tokens, node.end * chunk_tokens, shared=True))
+        items.append(WorkItem(node_rows, run, run_begin * chunk_tokens, end * chunk_tokens, shared=True))
     for k, i in enumerate(order):
         items.append(WorkItem(rows[k], chunks[i][begin[k] :], begin[k] * chunk_tokens, sequences[i].stop, shared=False))
     return tuple(items)
