@@ -4,7 +4,8 @@
     ├── StoreError                 prefixtree
     │   ├── CapacityError          the pool cannot hold what was asked for, even after eviction
     │   ├── FrameError             stored bytes are not what was asked for: a miss, with a reason
-    │   └── InvariantError         `check()` found the store inconsistent: a bug of ours
+    │   ├── InvariantError         `check()` found the store inconsistent: a bug of ours
+    │   └── TierError              a cold tier cannot be opened, or does not answer somebody who administers it
     └── EngineError                engine (stemcache.engine.errors draws this branch)
 
 A caller's mistake raises; `assert` is only for what we promise ourselves.
@@ -60,3 +61,10 @@ class FrameError(StoreError):
 
 class InvariantError(StoreError):
     """The store's own bookkeeping is inconsistent; the message names the first broken invariant."""
+
+
+class TierError(StoreError):
+    """A cold tier cannot be used as asked: a bad address or folder, a missing library. The message says what to do.
+
+    Requests never see it: for them a tier that fails is a miss.
+    """

@@ -1,0 +1,339 @@
+"""Redis or Valkey as a tier: one key for each object, and nothing else on the server.
+
+Invariants: no command names a key outside of the prefix; no message holds a value, a key's bytes or a password; and a
+server that does not answer costs one deadline, after which the breaker leaves it in peace.
+
+There is no index on the server: under `allkeys-lru` it would be evicted like everything else, and lie. The server's own
+`maxmemory` and its policy do the eviction; paths are touched leaf to root, so that beginnings outlive what follows.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Final, TypeVar
+
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    RedisClusterException,
+    RedisError,
+)
+
+from stemcache.prefixtree.errors import TierError
+from stemcache.prefixtree.tiers.address import RedisAddress
+from stemcache.prefixtree.tiers.breaker import CircuitBreaker, Prober
+from stemcache.prefixtree.tiers.deadline import Deadline
+from stemcache.prefixtree.tiers.tier import Miss, Refusal, TierCounters, TierStats, Value, namespace_prefix
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CONNECT_SECONDS: Final = 0.5
+CALL_SECONDS: Final = 1.0
+"""For what has no deadline of its own: probes, touches, deletions. A load's is its caller's."""
+
+# Redis answers requests for a value of more than its memory by evicting everything else first; and values of over
+# 4 MiB are slow. A chunk is far smaller.
+MAX_VALUE_BYTES: Final = 64 << 20
+
+FULL_PAUSE: Final = 2.0
+"""Seconds without stores after the server said that it is full. Loads go on."""
+
+_FAILURES: Final = (RedisError, RedisClusterException, OSError)
+_DENIALS: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
+_BATCH: Final = 256
+
+
+class RedisTier:
+    """A server, a cluster, or a service of sentinels, by its address (see `address`).
+
+    A server that is not there is no error: it is asked again and again in the background. Raises TierError for an
+    address that cannot be read.
+    """
+
+    name = "redis"
+
+    def __init__(self, url: str, *, password: str | None = None) -> None:
+        self.counters = TierCounters()
+        self.warnings: list[str] = []
+        self._address = RedisAddress.parse(url, password)
+        self._deadline = Deadline()
+        self._client: Any = None
+        self._breaker = CircuitBreaker()
+        self._trouble: str | None = None
+        self._full_until = 0.0
+        self._closed = False
+        self._probe_or_trip()
+        self._prober = Prober(self._breaker, self._probe, "stemcache-redis-probe")
+
+    # -- what requests need ------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
+        names = [self._name(key) for key in keys]
+
+        def ask(client: Any) -> list[bool]:
+            pipeline = client.pipeline(transaction=False)
+            for name in names:
+                pipeline.exists(name)
+            return [bool(found) for found in pipeline.execute()]
+
+        found = self._call(ask, deadline) if names else []
+        if isinstance(found, Miss):
+            self.counters.missed(found)
+            return [False] * len(keys)
+        return found
+
+    def load(self, keys: Sequence[bytes], deadline: float) -> list[Value | Miss]:
+        return [self._load(self._name(key), deadline) for key in keys]
+
+    def store(self, key: bytes, value: Value, deadline: float) -> Refusal | None:
+        refusal = self._store(self._name(key), value, deadline)
+        if refusal is None:
+            self.counters.stored(len(value))
+        else:
+            self.counters.refused(refusal)
+        return refusal
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        names, ttl = [self._name(key) for key in keys], self._address.ttl_seconds
+
+        def touch(client: Any) -> None:
+            pipeline = client.pipeline(transaction=False)
+            for name in names:
+                if ttl is None:
+                    pipeline.touch(name)
+                else:
+                    pipeline.expire(name, ttl)
+            pipeline.execute()
+
+        if names:
+            self._call(touch, time.monotonic() + CALL_SECONDS)
+
+    def delete(self, keys: Iterable[bytes]) -> bool:
+        return self._unlink(self._name(key) for key in keys)
+
+    # -- administration ----------------------------------------------------------------------------------------------
+
+    def delete_namespace(self, namespace: bytes) -> bool:
+        try:
+            names = list(self._scan_names(namespace))
+        except TierError:
+            return False
+        return self._unlink(iter(names))
+
+    def scan(self, namespace: bytes | None = None) -> Iterator[tuple[bytes, int]]:
+        for names in _batches(self._scan_names(namespace)):
+            sizes = self._require(partial(_sizes, names))
+            for name, size in zip(names, sizes, strict=True):
+                key = self._key(name)
+                if key is not None and size:  # 0: it went between the two commands
+                    yield key, size
+
+    def stats(self) -> TierStats:
+        """What this process did; what the server holds is asked by `scan`, for it takes a walk over its keys."""
+        return TierStats.of(self.name, self.counters, is_available=not self._breaker.is_open, trouble=self._trouble)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._prober.close()
+            if self._client is not None:
+                self._client.close()
+
+    def probe(self) -> str | None:
+        """Ask the server now; return what is wrong with it, in a sentence, or None. For administration."""
+        self._probe_or_trip()
+        return self._trouble
+
+    # -- one command -------------------------------------------------------------------------------------------------
+
+    def _load(self, name: bytes, deadline: float) -> Value | Miss:
+        ttl, begin = self._address.ttl_seconds, time.monotonic()
+        value: bytes | Miss | None = self._call(
+            lambda client: client.get(name) if ttl is None else client.getex(name, ex=ttl), deadline
+        )
+        if value is None:
+            value = Miss.ABSENT
+        if isinstance(value, Miss):
+            self.counters.missed(value)
+            return value
+        self.counters.loaded(len(value), time.monotonic() - begin)
+        return value
+
+    def _store(self, name: bytes, value: Value, deadline: float) -> Refusal | None:
+        if len(value) > MAX_VALUE_BYTES:
+            return Refusal.TOO_LARGE
+        if time.monotonic() < self._full_until:
+            return Refusal.FULL
+        data = value if isinstance(value, bytes) else bytes(value)
+        try:
+            missed = self._call(lambda client: client.set(name, data, ex=self._address.ttl_seconds), deadline)
+        except OutOfMemoryError:
+            self._full_until = time.monotonic() + FULL_PAUSE
+            return Refusal.FULL
+        match missed:
+            case Miss.DEADLINE:
+                return Refusal.DEADLINE
+            case Miss():
+                return Refusal.UNAVAILABLE
+            case _:
+                return None
+
+    def _unlink(self, names: Iterable[bytes]) -> bool:
+        """One command a key, for a cluster has its keys on several nodes."""
+        for some in _batches(names):
+            gone = self._call(partial(_unlinked, some), time.monotonic() + CALL_SECONDS)
+            if isinstance(gone, Miss):
+                return False
+            with self.counters.lock:
+                self.counters.deletions += gone
+        return True
+
+    def _scan_names(self, namespace: bytes | None) -> Iterator[bytes]:
+        """Names under the prefix only. Raises TierError."""
+        inside = "*" if namespace is None else f"{namespace_prefix(namespace).hex()}:*"
+        pattern = f"{self._address.prefix}:{inside}"
+        names = self._require(lambda client: client.scan_iter(match=pattern, count=1000))
+        try:
+            yield from names
+        except _FAILURES as error:
+            raise TierError(f"{self._address.shown} stopped answering: {_reason(error)}") from None
+
+    def _require(self, command: Callable[[Any], T]) -> T:
+        found = self._call(command, time.monotonic() + 10 * CALL_SECONDS)
+        if isinstance(found, Miss):
+            raise TierError(f"{self._address.shown} does not answer: {self._trouble}")
+        return found
+
+    def _call(self, command: Callable[[Any], T], deadline: float) -> T | Miss:
+        """Run a command under the breaker. Raises OutOfMemoryError only."""
+        if self._closed or self._breaker.is_open:
+            return Miss.UNAVAILABLE
+        if time.monotonic() >= deadline:
+            return Miss.DEADLINE
+        try:
+            with self._deadline.until(deadline):
+                answer = command(self._connected())
+        except OutOfMemoryError:
+            raise
+        except Exception as error:  # RedisError and OSError, and whatever else the library makes of garbage
+            self._note(error)
+            return Miss.DEADLINE if time.monotonic() >= deadline else Miss.UNAVAILABLE
+        self._breaker.succeeded()
+        return answer
+
+    def _note(self, error: Exception) -> None:
+        was_open = self._breaker.is_open
+        self._trouble = _reason(error)
+        if isinstance(error, _DENIALS):
+            self._breaker.trip(pause=30.0)
+        else:
+            self._breaker.failed()
+        if self._breaker.is_open and not was_open:
+            log.warning("the cold tier %s is left in peace for a while: %s", self._address.shown, self._trouble)
+            self._prober.wake()
+
+    # -- whether it is there -----------------------------------------------------------------------------------------
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            self._client = self._address.connect(self._deadline, connect_seconds=CONNECT_SECONDS, seconds=CALL_SECONDS)
+        return self._client
+
+    def _probe_or_trip(self) -> None:
+        try:
+            self._probe()
+        except Exception as error:
+            log.warning("the cold tier %s cannot be used now: %s", self._address.shown, _reason(error))
+            self._breaker.trip(pause=30.0 if isinstance(error, _DENIALS) else 0.5)
+
+    def _probe(self) -> None:
+        """Raise unless the server answers a ping and a read."""
+        was_down = self._trouble is not None
+        try:
+            with self._deadline.until(time.monotonic() + CALL_SECONDS):
+                client = self._connected()
+                client.ping()
+                client.get(f"{self._address.prefix}:probe")
+        except Exception as error:
+            self._trouble = _reason(error)
+            raise
+        self._trouble = None
+        if was_down:
+            log.warning("the cold tier %s answers again", self._address.shown)
+        self._check_policy(client)
+
+    def _check_policy(self, client: Any) -> None:
+        """Say so once if the server will refuse stores when it is full, rather than make room."""
+        if self.warnings:
+            return
+        try:
+            with self._deadline.until(time.monotonic() + CALL_SECONDS):
+                found = client.config_get("maxmemory*")
+        except Exception:  # servers of a provider often forbid the question
+            return
+        policy, limit = found.get("maxmemory-policy", ""), found.get("maxmemory", "")
+        if policy == "noeviction" or (policy.startswith("volatile") and self._address.ttl_seconds is None):
+            self.warnings.append(
+                f"the Redis server {self._address.shown} has maxmemory-policy {policy}: once full it keeps "
+                "what it has and refuses what is new; set maxmemory-policy to allkeys-lru"
+            )
+        elif limit == "0":
+            self.warnings.append(
+                f"the Redis server {self._address.shown} has no maxmemory: it takes what memory its machine has; "
+                "set maxmemory, such as 4gb"
+            )
+        for warning in self.warnings:
+            log.warning(warning)
+
+    # -- names -------------------------------------------------------------------------------------------------------
+
+    def _name(self, key: bytes) -> bytes:
+        """prefix:namespace:digest, in hexadecimal, for people who look at their server."""
+        return f"{self._address.prefix}:{key[:16].hex()}:{key[16:].hex()}".encode()
+
+    def _key(self, name: bytes) -> bytes | None:
+        """The key of a name; None for a name that we did not make."""
+        try:
+            _, namespace, digest = name.decode().rsplit(":", 2)
+            key = bytes.fromhex(namespace + digest)
+        except ValueError:
+            return None
+        return key if self._name(key) == name else None
+
+
+def _unlinked(names: Sequence[bytes], client: Any) -> int:
+    pipeline = client.pipeline(transaction=False)
+    for name in names:
+        pipeline.unlink(name)
+    return sum(pipeline.execute())
+
+
+def _sizes(names: Sequence[bytes], client: Any) -> list[int]:
+    pipeline = client.pipeline(transaction=False)
+    for name in names:
+        pipeline.strlen(name)
+    return [0 if isinstance(size, Exception) else int(size) for size in pipeline.execute(raise_on_error=False)]
+
+
+def _batches(names: Iterable[bytes]) -> Iterator[list[bytes]]:
+    left = iter(names)
+    while some := list(islice(left, _BATCH)):
+        yield some
+
+
+def _reason(error: BaseException) -> str:
+    """An error in words. The library's own message may quote a command with its values, so only some are repeated."""
+    if isinstance(error, _DENIALS):
+        return "it refuses the user or password, or what they may do (see --cold and STEMCACHE_COLD_PASSWORD)"
+    if isinstance(error, TimeoutError) or type(error).__name__ == "TimeoutError":
+        return "it did not answer in time"
+    if isinstance(error, OSError) or type(error).__name__ in ("ConnectionError", "BusyLoadingError"):
+        return f"no connection ({type(error).__name__})"
+    return type(error).__name__
