@@ -157,7 +157,14 @@ class Shift:
     largest: float = 0.0
     squares: float = 0.0
 
+    def ask(self, batch: Sequence[tuple[Any, Any]], texts: list[str], exact: list[str]) -> None:
+        """Count right answers, and those that are the exact run's."""
+        self.asked += len(batch)
+        self.right += sum(is_right(fact, text) for (fact, _), text in zip(batch, texts, strict=True))
+        self.same_text += sum(a == b for a, b in zip(texts, exact, strict=True))
+
     def add(self, exact: dict[tuple[int, ...], Tensor], found: dict[tuple[int, ...], Tensor]) -> None:
+        """Compare log-probabilities at the positions that both runs reached with the same tokens."""
         common = [key for key in found if key in exact]
         left = torch.stack([exact[key] for key in common]).double().log_softmax(-1)
         right = torch.stack([found[key] for key in common]).double().log_softmax(-1)
@@ -179,16 +186,51 @@ class Shift:
         }
 
 
-def pass_through(engine: Engine, variant: Variant) -> None:
-    """Replace every cached chunk by what the codec makes of it."""
-    pool, layout = engine._runner.pool, engine._runner.layout
+def prefixes(prompt: list[int], size: int) -> Iterator[tuple[int, ...]]:
+    """The tokens up to the end of each whole chunk."""
+    return (tuple(prompt[:end]) for end in range(size, len(prompt) + 1, size))
+
+
+def read_cache(engine: Engine, prompts: Sequence[list[int]]) -> dict[tuple[int, ...], Tensor]:
+    """Every cached chunk of the prompts, by the tokens up to its end."""
+    pool, store = engine._runner.pool, engine._loop.store
+    chunks: dict[tuple[int, ...], Tensor] = {}
 
     def run() -> None:
-        for slot, sinks in cached_chunks(engine):
-            encoded = variant.encode(pool.read_chunk(slot), sinks)
-            pool.write_chunk(slot, variant.codec.decode(encoded, layout, sinks=sinks))
+        for prompt in prompts:
+            with store.acquire(prompt, engine.namespace()) as lease:
+                for i, key in enumerate(prefixes(prompt[: lease.cached_tokens], store.chunk_tokens)):
+                    if key not in chunks:
+                        chunks[key] = pool.read_chunk(lease.slots[i])
 
     engine._loop.call(run)
+    return chunks
+
+
+def fill_cache(engine: Engine, prompts: Sequence[list[int]], chunks: dict[tuple[int, ...], Tensor]) -> None:
+    """Make these chunks the whole cache, as a tier that is read does."""
+    engine.clear_cache()
+    pool, store = engine._runner.pool, engine._loop.store
+
+    def run() -> None:
+        for prompt in prompts:
+            keys = [key for key in prefixes(prompt, store.chunk_tokens) if key in chunks]
+            with store.acquire(prompt[: len(keys) * store.chunk_tokens], engine.namespace()) as lease:
+                lease.reserve(len(keys) * store.chunk_tokens)
+                for i in range(lease.cached_tokens // store.chunk_tokens, len(keys)):
+                    pool.write_chunk(lease.slots[i], chunks[keys[i]])
+                lease.commit(prompt[: len(keys) * store.chunk_tokens])
+
+    engine._loop.call(run)
+
+
+def pass_through(variant: Variant, chunks: dict[tuple[int, ...], Tensor], layout: KVLayout) -> dict[Any, Tensor]:
+    """Return what the codec makes of each chunk."""
+    passed = {}
+    for key, chunk in chunks.items():
+        sinks = SINK_TOKENS if len(key) == layout.chunk_tokens else 0
+        passed[key] = variant.codec.decode(variant.encode(chunk, sinks), layout, sinks=sinks)
+    return passed
 
 
 def batches(documents: int, count: int, seed: int) -> Iterator[list[Any]]:
@@ -204,24 +246,17 @@ def answers(engine: Engine, documents: int, count: int, seed: int = 1) -> dict[s
     logits = Logits(engine)
     for batch in track(list(batches(documents, count, seed)), description=f"{documents} documents"):
         prompts = [engine.encode_chat(**chat) for _, chat in batch]
-        exact_texts: list[str] = []
-        exact_logits: dict[tuple[int, ...], Tensor] = {}
-        for variant in (None, *variants()):
-            engine.clear_cache()
-            list(engine.generate(prompts, ONE))
-            logits.take()
-            if variant is not None:
-                pass_through(engine, variant)
-            texts = [completion.text for completion in engine.generate(prompts, ANSWER)]
-            if variant is None:
-                exact_texts, exact_logits = texts, logits.take()
-                shift, found = shifts["no codec"], exact_logits
-            else:
-                shift, found = shifts[variant.name], logits.take()
-            shift.asked += len(batch)
-            shift.right += sum(is_right(fact, text) for (fact, _), text in zip(batch, texts, strict=True))
-            shift.same_text += sum(a == b for a, b in zip(texts, exact_texts, strict=True))
-            shift.add(exact_logits, found)
+        engine.clear_cache()
+        exact_texts = [completion.text for completion in engine.generate(prompts, ANSWER)]
+        exact_logits, chunks = logits.take(), read_cache(engine, prompts)
+        shifts["no codec"].ask(batch, exact_texts, exact_texts)
+        shifts["no codec"].add(exact_logits, exact_logits)
+        for variant in variants():
+            fill_cache(engine, prompts, pass_through(variant, chunks, engine._runner.layout))
+            completions = list(engine.generate(prompts, ANSWER))
+            assert all(c.usage.prompt_tokens - c.usage.cached_tokens <= engine.cache.chunk_tokens for c in completions)
+            shifts[variant.name].ask(batch, [completion.text for completion in completions], exact_texts)
+            shifts[variant.name].add(exact_logits, logits.take())
     return shifts
 
 

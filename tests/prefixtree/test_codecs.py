@@ -15,6 +15,7 @@ from torch import Tensor
 from stemcache.prefixtree.chunk_frames import group_chunks, pack_chunks, unpack_chunks
 from stemcache.prefixtree.codecs.codec import torch_dtype
 from stemcache.prefixtree.codecs.entropy import EntropyCoder
+from stemcache.prefixtree.codecs.packing import pack_codes, pack_thirds, unpack_codes, unpack_thirds
 from stemcache.prefixtree.codecs.registry import CODEC_NAMES, get_codec
 from stemcache.prefixtree.errors import FrameError
 from stemcache.prefixtree.frame import FrameHeader, pack
@@ -195,6 +196,23 @@ def test_q4_is_half_a_step_off_in_each_transformed_value(layout: KVLayout) -> No
     if layout.head_dim % 32 == 0:  # else what fell on the filling is cut off, and with it the transform's exactness
         assert bool(((found - exact).abs() <= half_step).all())
     assert bool(((found - exact).norm(dim=-1, keepdim=True) <= half_step * 32**0.5).all())
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 6, 640])
+def test_thirds_are_packed_five_to_a_byte(count: int) -> None:
+    codes = torch.randint(0, 3, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = pack_thirds(codes)
+    assert len(packed) == -(-count // 5)
+    assert packed.max() <= 242
+    assert torch.equal(unpack_thirds(packed, count), codes)
+
+
+@pytest.mark.parametrize("bits_per_code", [2, 4])
+def test_codes_are_packed_without_a_gap(bits_per_code: int) -> None:
+    codes = torch.randint(0, 2**bits_per_code, (640,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = pack_codes(codes, bits_per_code)
+    assert 8 * len(packed) == 640 * bits_per_code
+    assert torch.equal(unpack_codes(packed, bits_per_code), codes)
 
 
 def test_words_that_no_symbol_needs_are_refused() -> None:
