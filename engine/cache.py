@@ -7,13 +7,15 @@ loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from stemcache.engine.forget import Forgotten
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.pins import PinInfo
 from stemcache.engine.salts import Salts
 from stemcache.prefixtree.explain import Explanation
+from stemcache.prefixtree.footprint import Footprint
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.snapshot import TreeSnapshot
@@ -82,6 +84,33 @@ class Cache:
         """How many leading tokens are cached now."""
         namespace = self._namespace(tenant, cache_salt)
         return self._loop.call(lambda: self._loop.store.match_tokens(prompt, namespace))
+
+    def cached_of(self, prompts: Sequence[Sequence[int]], *, tenant: bytes = b"", cache_salt: bytes = b"") -> list[int]:
+        """`cached_tokens` of several prompts, at one moment."""
+        namespace = self._namespace(tenant, cache_salt)
+        return self._loop.call(lambda: [self._loop.store.match_tokens(prompt, namespace) for prompt in prompts])
+
+    def footprint(
+        self, prompt: Sequence[int], start: int, stop: int, *, tenant: bytes = b"", cache_salt: bytes = b""
+    ) -> Footprint:
+        """What marks all that is, or will be, computed from the tokens [start, stop) of a prompt. Does not wait.
+
+        Raises ValueError unless these are some of its tokens.
+        """
+        return Footprint.of(prompt, start, stop, self._namespace(tenant, cache_salt), self.chunk_tokens)
+
+    def forget(self, footprints: Iterable[Footprint]) -> Forgotten:
+        """Remove all that was computed from the marked tokens, in use or not, and overwrite it.
+
+        Requests that use it start over, out of everybody else's sight, and answer the same. Pins on it end.
+        """
+        wanted = list(footprints)
+        return self._loop.call(lambda: self._loop.forgetting.forget(wanted)) if wanted else Forgotten()
+
+    def held(self, footprints: Iterable[Footprint]) -> set[Footprint]:
+        """Those of the footprints that mark something: cached, or of a request that runs or waits."""
+        wanted = list(footprints)
+        return self._loop.call(lambda: self._loop.forgetting.held(wanted)) if wanted else set()
 
     def clear(self, *, tenant: bytes = b"", cache_salt: bytes = b"") -> int:
         """Evict the tenant's chunks that no request and no pin holds; returns how many."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from stemcache.engine.cost import CostSurface
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.errors import EngineClosedError, EngineError, GrammarError
+from stemcache.engine.forget import Forgetting
 from stemcache.engine.outputs import Delta, FinishReason
 from stemcache.engine.pins import Pins
 from stemcache.engine.policies import eviction_policy
@@ -64,6 +65,7 @@ class EngineLoop:
             max_logit_rows=max_logit_rows,
             cache_first=cache_first,
         )
+        self.forgetting = Forgetting(self.store, pool, self.scheduler, self.pins)
         self.generated_tokens = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
@@ -136,9 +138,11 @@ class EngineLoop:
                 request, cause if isinstance(cause, EngineError) else EngineClosedError(f"the engine died: {cause}")
             )
         self.pins.clear()
+        self.forgetting.sweep()
 
     def _read_inbox(self) -> None:
         """Do what others asked for; with nothing to compute, wait for it."""
+        self.forgetting.sweep()
         wishes = [self._inbox.get()] if self.scheduler.is_idle else []
         self.pins.expire()  # an idle engine may have slept past the end of a pin
         for wish in wishes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -113,6 +113,14 @@ class Pins:
             self._end(name)
             return True
         return False
+
+    def end_below(self, tops: Iterable[Node]) -> int:
+        """End the pins that hold one of these chunks or one below; returns how many."""
+        found = set(tops)
+        names = [name for name, pin in self._pins.items() if not found.isdisjoint(pin.lease.node.upward())]
+        for name in names:
+            self._end(name)
+        return len(names)
 
     def clear(self) -> None:
         """End all pins."""

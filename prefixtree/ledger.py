@@ -79,9 +79,17 @@ class Ledger:
         """Free up to `n` cached chunks and return how many it were."""
         return self._free_evicted(self.tree.evict(n))
 
-    def evict_namespace(self, namespace: Namespace) -> int:
-        """Free every cached chunk of a namespace that no lease holds and return how many it were."""
-        return self._free_evicted(self.tree.evict_namespace(namespace))
+    def evict_namespace(self, namespace: Namespace) -> list[int]:
+        """Free every cached chunk of a namespace that no lease holds and return their slots."""
+        nodes = self.tree.evict_namespace(namespace)
+        self._free_evicted(nodes)
+        return [node.slot for node in nodes]
+
+    def evict_below(self, tops: Iterable[Node]) -> list[int]:
+        """Free `tops` and every cached chunk below them that no lease holds, and return their slots."""
+        nodes = self.tree.evict_below(tops)
+        self._free_evicted(nodes)
+        return [node.slot for node in nodes]
 
     def count_evicted(self, node: Node, prompt: bytes) -> int:
         """Return how many chunks of `prompt`, counted from those that follow `node` on, were cached and evicted.

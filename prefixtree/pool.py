@@ -6,6 +6,8 @@ belongs to whom is not known here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from stemcache.prefixtree.errors import CapacityError
@@ -43,6 +45,11 @@ class KVPool:
     def copy_tokens(self, source_slot: int, target_slot: int, n_tokens: int) -> None:
         """Copy the keys and values of the first `n_tokens` tokens of a slot, in all layers, into another slot."""
         self.tensor[:, :, :, target_slot, :n_tokens] = self.tensor[:, :, :, source_slot, :n_tokens]
+
+    def wipe(self, slots: Sequence[int]) -> None:
+        """Overwrite the keys and values of slots with zeros."""
+        if slots:
+            self.tensor[:, :, :, list(slots)] = 0
 
     def read_chunk(self, slot: int) -> torch.Tensor:
         """Return a copy of one slot in host memory, contiguous `[layers, 2, kv_heads, chunk_tokens, head_dim]`.

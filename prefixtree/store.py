@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from stemcache.prefixtree.errors import CapacityError, InvariantError
 from stemcache.prefixtree.eviction import EvictionPolicy
 from stemcache.prefixtree.explain import Explanation, explain
+from stemcache.prefixtree.footprint import Footprint, Footprints
 from stemcache.prefixtree.lease import Lease
 from stemcache.prefixtree.ledger import CopyTokens, Ledger
 from stemcache.prefixtree.namespace import Namespace
@@ -171,8 +172,20 @@ class PrefixStore:
     def clear(self, namespace: Namespace | None = None) -> int:
         """Evict every chunk, of one namespace or of all, that no lease holds; return how many it were."""
         if namespace is not None:
-            return self._ledger.evict_namespace(namespace)
+            return len(self._ledger.evict_namespace(namespace))
         return self._ledger.evict(len(self._ledger.tree))
+
+    def marked(self, footprints: Iterable[Footprint]) -> list[tuple[Footprint, Node]]:
+        """Return each footprint with each cached chunk that it marks. O(chunks of their namespaces)."""
+        return list(Footprints(footprints, self.chunk_tokens).marked(self._ledger.tree))
+
+    def evict_below(self, tops: Iterable[Node]) -> list[int]:
+        """Evict these chunks and all below them that no lease holds; return the slots, which are free now."""
+        return self._ledger.evict_below(tops)
+
+    def evict_namespace(self, namespace: Namespace) -> list[int]:
+        """Evict every chunk of a namespace that no lease holds; return the slots, which are free now."""
+        return self._ledger.evict_namespace(namespace)
 
     def namespace_stats(self, namespace: Namespace) -> NamespaceStats:
         """Return a snapshot of one namespace. O(leased chunks)."""

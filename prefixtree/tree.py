@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import islice
@@ -158,6 +158,17 @@ class PrefixTree:
         """Remove every chunk of one namespace that is on no pinned path, and return them. O(its chunks)."""
         parents_first = list(self.newest_first(namespace))
         return [node for node in reversed(parents_first) if self._remove_if_free(node)]
+
+    def evict_below(self, tops: Iterable[Node]) -> list[Node]:
+        """Remove `tops` and every chunk below them that is on no pinned path, and return them. O(their chunks)."""
+        found: set[Node] = set()
+        stack = list(tops)
+        while stack:
+            node = stack.pop()
+            if node not in found:  # one of the tops may lie below another
+                found.add(node)
+                stack.extend(node.children.values())
+        return [node for node in sorted(found, key=lambda each: -each.depth) if self._remove_if_free(node)]
 
     def can_evict(self, n: int) -> bool:
         """Return whether `evict(n)` would free `n` chunks. O(1) if the leaves suffice, else O(leased chunks)."""
