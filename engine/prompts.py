@@ -47,7 +47,44 @@ class Prompts:
         add_special_tokens: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation through the model's chat template.
+        """Token ids of a conversation through the model's chat template. Arguments and errors as of `render_chat`."""
+        text = self.render_chat(
+            messages,
+            documents=documents,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, and the characters [start, stop) that each stands for. Raises as `encode` does."""
+        if self.backend is None:
+            raise InvalidRequestError("this model has no tokenizer: give the prompt as token ids", param="prompt")
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return list(encoding.ids), list(encoding.offsets)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer is not None and bool(self._tokenizer.chat_template)
+
+    @property
+    def takes_documents(self) -> bool:
+        """Whether the chat template has a place for documents."""
+        return self.has_chat_template and "documents" in self._template_variables
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation through the model's chat template.
 
         tools: in OpenAI's form.
         continue_final_message: end in the middle of the last message, which the model then goes on with.
@@ -80,7 +117,7 @@ class Prompts:
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
             raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
-        return self.encode(text, add_special_tokens=add_special_tokens)
+        return str(text)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; empty without a tokenizer."""

@@ -1,0 +1,360 @@
+"""The context cache: documents, retrieval, and answers from them, over one engine.
+
+    with Engine.load("path/to/checkpoint") as engine, ContextCache(engine) as cache:
+        cache.add([Document(title="The tower", text="...")])
+        answer = cache.ask("What is the code of the tower?")
+        print(answer.text, [source.document_id for source in answer.sources])
+
+Invariant: an answer with retrieval is the answer to the same prompt with the same documents given by hand. When
+`delete` or `update` returns, nothing that was computed from the document's earlier content is left, nor will a request
+that was prepared before leave any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from stemcache.engine.engine import Engine
+from stemcache.engine.errors import InvalidRequestError
+from stemcache.engine.sampling import SamplingParams
+from stemcache.ragcache.answer import Answer, sources
+from stemcache.ragcache.catalogue import Catalogue
+from stemcache.ragcache.compose import Context, Message, Template, compose
+from stemcache.ragcache.document_store import DocumentStore
+from stemcache.ragcache.documents import Change, Document, Record, Retrieved, updated
+from stemcache.ragcache.embedders import Embedder, HashingEmbedder
+from stemcache.ragcache.errors import CatalogueError
+from stemcache.ragcache.index import KINDS, Kind
+from stemcache.ragcache.library import Library
+from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
+from stemcache.ragcache.splitter import Splitter
+
+# The engine's pins of a document, by owner and id.
+_PinsOf = dict[tuple[str, str], list[tuple[str, Space]]]
+
+DEFAULT = Space()
+PASSAGE_TOKENS = 512
+GREEDY = SamplingParams(max_tokens=256, temperature=0)
+
+
+class ContextCache:
+    """Documents and answers over one engine. Methods may be called from any thread; many of them wait for the engine.
+
+    Args:
+        folder: where the documents are kept, made if it is missing; None keeps them in memory. One process at a time.
+        embedder: texts to vectors; by default one that needs no download and finds words, not meanings.
+        index: "flat" compares with all passages, "ivf" and "hnsw" with some. See docs/documents.md.
+        passage_tokens: documents are split into passages of so many tokens at most; None leaves them whole.
+        system_prompt: what stands before the documents, in `ask`, `warm` and `pin`.
+        clock: seconds since 1970.
+
+    Raises CatalogueError, EmbedderError, MissingExtraError, InvalidRequestError.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        folder: Path | str | None = None,
+        embedder: Embedder | None = None,
+        index: Kind = "flat",
+        passage_tokens: int | None = PASSAGE_TOKENS,
+        system_prompt: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if index not in KINDS:
+            raise InvalidRequestError(f"index is one of {', '.join(KINDS)}, not {index!r}")
+        self.engine = engine
+        self.system_prompt = system_prompt
+        self._pins: _PinsOf = {}
+        self._pins_lock = threading.Lock()
+        splitter = Splitter(engine.prompts.backend, passage_tokens)
+        place = None if folder is None else _made(Path(folder))
+        embedder = embedder or HashingEmbedder()
+        catalogue = Catalogue(None if place is None else place / "documents.sqlite", clock=clock)
+        try:
+            self._library = Library(catalogue, embedder, splitter, index, place)
+            self._documents = DocumentStore(engine.cache, self._library, clock=clock)
+        except BaseException:
+            catalogue.close()
+            raise
+        self._catalogue = catalogue
+        self._preparation = Preparation(engine, self._library)
+
+    # -- documents -----------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        documents: Iterable[Document | str],
+        *,
+        space: Space = DEFAULT,
+        on_progress: Callable[[Change], None] | None = None,
+    ) -> Sequence[Change]:
+        """Add documents, or change those with the same ids. Each is complete before the next begins.
+
+        on_progress: called after each. Raises DocumentError, EmbedderError, CatalogueError.
+        """
+        changes = []
+        for document in documents:
+            given = Document(text=document) if isinstance(document, str) else document
+            change = self._put(space, given)
+            changes.append(change)
+            if on_progress is not None:
+                on_progress(change)
+        return changes
+
+    def update(self, document_id: str, *, space: Space = DEFAULT, **changes: Any) -> Change:
+        """Change some fields of a document: text, title, metadata, expires_at, pinned. Raises DocumentError."""
+        return self._put(space, updated(self.get(document_id, space=space).document, changes))
+
+    def delete(self, document_id: str, *, space: Space = DEFAULT) -> int:
+        """Delete a document and all that was computed from it; returns the number of chunks. Raises DocumentError."""
+        with self._pins_lock:
+            self._pins.pop((space.owner, document_id), None)  # the engine's pins end with the chunks
+        return self._documents.delete(space.owner, document_id)
+
+    def get(self, document_id: str, *, space: Space = DEFAULT) -> Record:
+        """Raises DocumentNotFoundError."""
+        self._documents.expire()
+        return self._catalogue.get(space.owner, document_id)
+
+    def list(self, *, after: str = "", limit: int = 100, space: Space = DEFAULT) -> Sequence[Record]:
+        """Documents in the order of their ids, from the one after `after` on."""
+        self._documents.expire()
+        return self._catalogue.records(space.owner, after=after, limit=limit)
+
+    def count(self, *, space: Space = DEFAULT) -> int:
+        """How many documents there are."""
+        self._documents.expire()
+        return self._catalogue.count(space.owner)
+
+    def expire(self) -> None:
+        """Delete the documents whose time is over. Every method that looks at documents does so too."""
+        self._documents.expire()
+
+    def warm(self, document_id: str, *, system_prompt: str | None = None, space: Space = DEFAULT) -> int:
+        """Have the engine read a document right after the system prompt; returns how many of its tokens are cached.
+
+        A document of several passages has each of them read there. Raises DocumentNotFoundError, ContextLengthError.
+        """
+        cached = 0
+        for prepared in self._alone(document_id, system_prompt, space):
+            self._read(prepared)
+            (start, stop) = prepared.context.spans[0]
+            prefix = prepared.tokens[:stop]
+            found = self.engine.cache.cached_tokens(prefix, tenant=space.tenant, cache_salt=space.cache_salt)
+            cached += max(0, found - start)
+        return cached
+
+    def pin(self, document_id: str, *, system_prompt: str | None = None, space: Space = DEFAULT) -> int:
+        """Warm a document and keep it, whole chunks of it, from being evicted; returns the tokens of the pins.
+
+        It is remembered as pinned; after a restart `warm_pinned` pins it again. Raises as `warm`, and
+        InvalidRequestError when pins would hold more than their share of the pool.
+        """
+        self.unpin(document_id, space=space)
+        self.update(document_id, space=space, pinned=True)
+        pins = []
+        for prepared in self._alone(document_id, system_prompt, space):
+            self._read(prepared)
+            prefix = prepared.tokens[: prepared.context.spans[0][1]]
+            pins.append(self.engine.cache.pin(prefix, tenant=space.tenant, cache_salt=space.cache_salt))
+            with self._pins_lock:
+                self._pins.setdefault((space.owner, document_id), []).append((pins[-1].id, space))
+        return sum(pin.tokens for pin in pins)
+
+    def unpin(self, document_id: str, *, space: Space = DEFAULT) -> None:
+        """End the pins of a document; it stays cached until room is needed. Raises DocumentNotFoundError."""
+        with self._pins_lock:
+            pins = self._pins.pop((space.owner, document_id), [])
+        for name, where in pins:
+            self.engine.cache.unpin(name, tenant=where.tenant, cache_salt=where.cache_salt)
+        self.update(document_id, space=space, pinned=False)
+
+    def warm_pinned(self, *, system_prompt: str | None = None, space: Space = DEFAULT) -> int:
+        """Pin again the documents that are remembered as pinned; returns how many."""
+        own = [document_id for owner, document_id in self._catalogue.pinned() if owner == space.owner]
+        for document_id in own:
+            self.pin(document_id, system_prompt=system_prompt, space=space)
+        return len(own)
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    def retrieve(self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT) -> Sequence[Retrieved]:
+        """The passages nearest to a question, the best first. Raises NoDocumentsError, EmbedderError."""
+        self._documents.expire()
+        return self._preparation.retrieve(space, question, wish or Wish())[0]
+
+    def retrieve_stages(
+        self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT
+    ) -> Iterator[Sequence[Retrieved]]:
+        """What is known after each part of the search; the last is what `retrieve` gives, empty if nothing is found."""
+        wish = wish or Wish()
+        self._documents.expire()
+        return self._library.stages(space.owner, question, wish.k, wish.where)
+
+    def compose(self, documents: Sequence[Document], question: str) -> Context:
+        """The prompt of system prompt, documents and question. Looks neither at the catalogue nor at the cache."""
+        texts = [{"title": document.title, "text": document.text} for document in documents]
+        return compose(self.engine.prompts, self._messages(question), texts)
+
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        question: str,
+        wish: Wish | None = None,
+        *,
+        space: Space = DEFAULT,
+        template: Template | None = None,
+        answer_tokens: int = 1,
+    ) -> Prepared:
+        """The prompt of a conversation, with documents for `question`. Submit `tokens`, then call `submitted`.
+
+        Raises NoDocumentsError, ContextLengthError, EmbedderError.
+        """
+        wish = wish or Wish()
+        self._documents.expire()
+        epoch = self._documents.epoch
+        found, notes = self._preparation.retrieve(space, question, wish)
+        return self._noted(
+            self._preparation.compose(
+                space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
+            )
+        )
+
+    def prepare_given(
+        self,
+        messages: Sequence[Message],
+        documents: Sequence[tuple[str, str]],
+        wish: Wish | None = None,
+        *,
+        space: Space = DEFAULT,
+        template: Template | None = None,
+        answer_tokens: int = 1,
+    ) -> Prepared:
+        """`prepare` with documents (title, text) that the caller brought. None of them is left out."""
+        self._documents.expire()
+        epoch = self._documents.epoch
+        given = self._preparation.identify(space, documents)
+        return self._noted(
+            self._preparation.compose(
+                space,
+                epoch,
+                messages,
+                given,
+                wish or Wish(),
+                template=template,
+                answer_tokens=answer_tokens,
+                may_leave_out=False,
+            )
+        )
+
+    def submitted(self, prepared: Prepared) -> None:
+        """To be called once a prepared prompt was submitted: a document may have been deleted in between."""
+        self._documents.verify(prepared.epoch, prepared.space.owner, prepared.marks)
+
+    def ask(
+        self,
+        question: str,
+        k: int = 4,
+        *,
+        params: SamplingParams = GREEDY,
+        space: Space = DEFAULT,
+        **wish: Any,
+    ) -> Answer:
+        """Answer a question from the `k` passages nearest to it. `wish` as of `Wish`: order, where, explain, ...
+
+        Raises NoDocumentsError, ContextLengthError, EmbedderError, InvalidRequestError.
+        """
+        if params.n != 1:
+            raise InvalidRequestError("ask gives one answer: leave 'n' out", param="n")
+        wanted = Wish(k=k, **wish)
+        prepared = self.prepare(
+            self._messages(question), question, wanted, space=space, answer_tokens=params.max_tokens or 1
+        )
+        return self._answer(prepared, params)
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Save the index and close the catalogue; idempotent. The engine stays open."""
+        try:
+            self._library.save()
+        except CatalogueError:
+            return  # closed before
+        self._catalogue.close()
+
+    def __enter__(self) -> ContextCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _put(self, space: Space, document: Document) -> Change:
+        change = self._documents.put(space.owner, document)
+        if change.status == "updated":
+            with self._pins_lock:
+                stale = self._pins.pop((space.owner, document.id), []) if not document.pinned else []
+            for name, where in stale:
+                self.engine.cache.unpin(name, tenant=where.tenant, cache_salt=where.cache_salt)
+        return change
+
+    def _messages(self, question: str | None, system_prompt: str | None = None) -> Sequence[Message]:
+        system = self.system_prompt if system_prompt is None else system_prompt
+        first: Sequence[Message] = [{"role": "system", "content": system}] if system else []
+        return first if question is None else [*first, {"role": "user", "content": question}]
+
+    def _alone(self, document_id: str, system_prompt: str | None, space: Space) -> Sequence[Prepared]:
+        """Prompts with each passage of a document alone. The question is any: what is read ends before it."""
+        self._documents.expire()
+        epoch = self._documents.epoch
+        self._catalogue.get(space.owner, document_id)
+        passages = self._catalogue.passages_of(space.owner, document_id)
+        messages = self._messages("?", system_prompt)
+        return [
+            self._noted(self._preparation.compose(space, epoch, messages, [Retrieved(passage)], Wish()))
+            for passage in passages
+        ]
+
+    def _noted(self, prepared: Prepared) -> Prepared:
+        self._documents.note(prepared.space.owner, prepared.marks)
+        return prepared
+
+    def _read(self, prepared: Prepared) -> None:
+        """Compute a prepared prompt without an answer."""
+        space = prepared.space
+        with self.engine.submit(
+            prepared.tokens, SamplingParams(max_tokens=0), tenant=space.tenant, cache_salt=space.cache_salt
+        ) as stream:
+            self.submitted(prepared)
+            for _ in stream:
+                pass
+
+    def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
+        space = prepared.space
+        with self.engine.submit(prepared.tokens, params, tenant=space.tenant, cache_salt=space.cache_salt) as stream:
+            self.submitted(prepared)
+            deltas = list(stream)
+        reason = deltas[-1].finish_reason
+        assert reason is not None
+        usage = stream.usage
+        used = sources(prepared.retrieved, prepared.context.spans, usage.cached_tokens, prepared.explanation)
+        notes = (*prepared.notes, prepared.advice) if prepared.advice else prepared.notes
+        return Answer("".join(delta.text for delta in deltas), reason, used, notes, usage)
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CatalogueError(f"the folder of documents {folder} cannot be made: {error.strerror}") from error
+    return folder
