@@ -122,11 +122,31 @@ class MessageChoice(Answer):
     token_ids: list[int] | None = None
 
 
+class RagDocument(Answer):
+    id: str | None
+    passage: int | None
+    version: int | None
+    title: str
+    score: float | None
+    tokens: int
+    cached_tokens: int
+    reuse: Literal["all", "part", "none"]
+    why: str | None
+
+
+class RagAnswer(Answer):
+    """What an answer was made from."""
+
+    documents: list[RagDocument]
+    notes: list[str]
+
+
 class ChatAnswer(Envelope):
     """POST /v1/chat/completions."""
 
     object: Literal["chat.completion"]
     choices: list[MessageChoice]
+    rag: RagAnswer | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 

@@ -1,4 +1,4 @@
-"""One question to a running server's cache routes, for the command line.
+"""One question to a running server, for the command line.
 
 Invariant: whatever goes wrong is one sentence that says what to do.
 """
@@ -22,12 +22,17 @@ class ServerAnswerError(StemcacheError):
 
 def ask_cache(url: str, method: str, route: str, **request: Any) -> dict[str, Any]:
     """The answer of `/v1/cache/{route}`. `request` as httpx takes it. Raises ServerAnswerError."""
+    return ask_server(url, method, f"cache/{route}", **request)
+
+
+def ask_server(url: str, method: str, route: str, **request: Any) -> dict[str, Any]:
+    """The answer of `/v1/{route}`. `request` as httpx takes it. Raises ServerAnswerError."""
     base = url.rstrip("/").removesuffix("/v1")
     key = client_api_key()
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         with httpx.Client(trust_env=False, timeout=_TIMEOUT_SECONDS, headers=headers) as client:
-            response = client.request(method, f"{base}/v1/cache/{route}", **request)
+            response = client.request(method, f"{base}/v1/{route}", **request)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerAnswerError(
             f"no server answers at {url} ({error}): start one with `stemcache serve`, or name its address with --url"

@@ -81,21 +81,23 @@ class CacheRoutes:
 
     async def explain(self, body: Annotated[Prompt, Body()], request: Request) -> Json:
         """Why a completion or chat request, sent as it is, would find this much in the cache and not more."""
-        tokens = await self._tokens_of(body)
+        tokens = (await self._prompt_of(body)).token_ids
         return await asyncio.to_thread(self._explain, tokens, _owner(body.cache_salt))
 
     async def warm(self, body: Annotated[Prompt, Body()], request: Request) -> Json:
         """Compute and cache the prompt of a completion or chat request, without an answer."""
-        tokens = await self._tokens_of(body)
-        usage = await self._compute(body, tokens, request)
+        prompt = await self._prompt_of(body)
+        tokens = prompt.token_ids
+        usage = await self._compute(body, prompt, request)
         cached = await asyncio.to_thread(self._cache.cached_tokens, tokens, **_owner(body.cache_salt))
         return {"object": "cache.warm"} | _computed(usage, cached)
 
     async def pin(self, body: Annotated[PinPrompt, Body()], request: Request) -> Json:
         """Warm a prompt, and keep its whole chunks until the pin is deleted, expires, or must give way to a request."""
-        tokens, owner = await self._tokens_of(body), _owner(body.cache_salt)
+        prompt, owner = await self._prompt_of(body), _owner(body.cache_salt)
+        tokens = prompt.token_ids
         await asyncio.to_thread(self._cache.require_pin_room, tokens, **owner)
-        usage = await self._compute(body, tokens, request)
+        usage = await self._compute(body, prompt, request)
         pin = await asyncio.to_thread(self._cache.pin, tokens, seconds=body.ttl_seconds, **owner)
         return _pin(pin) | _computed(usage, pin.tokens)
 
@@ -122,16 +124,16 @@ class CacheRoutes:
             "cleared_tokens": cleared * self._cache.chunk_tokens,
         }
 
-    async def _tokens_of(self, body: CompletionRequest | ChatRequest) -> list[int]:
+    async def _prompt_of(self, body: CompletionRequest | ChatRequest) -> Tokens:
         prompts = await self._prompts_of(body)
         if len(prompts) > 1:
             raise InvalidRequestError("this route takes one prompt, not a list of them", param="prompt")
-        return prompts[0].token_ids
+        return prompts[0]
 
-    async def _compute(self, body: CompletionRequest | ChatRequest, tokens: list[int], request: Request) -> Usage:
+    async def _compute(self, body: CompletionRequest | ChatRequest, prompt: Tokens, request: Request) -> Usage:
         """Have a prompt computed, and with it cached, as a request that wants no answer."""
         admitted = self._admission.admit(body, 1)
-        async with Generation.submit(admitted, [Tokens(tokens)], SamplingParams(max_tokens=0)) as generation:
+        async with Generation.submit(admitted, [prompt], SamplingParams(max_tokens=0)) as generation:
             await until_disconnect(generation.collect(), request.receive)
         return generation.usage
 

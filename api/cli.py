@@ -1,4 +1,4 @@
-"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree` and `simulate`.
+"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree`, `documents` and `simulate`.
 
 Invariant: a user's mistake ends in one sentence on stderr and exit status 2, never in a traceback. Commands are
 imported when they run, so that `--help` does not wait for torch.
@@ -53,6 +53,10 @@ def _run(options: argparse.Namespace) -> int:
             from stemcache.api.simulate import simulate
 
             return simulate(options)
+        case "documents":
+            from stemcache.api.document_commands import documents
+
+            return documents(options)
         case _:
             from stemcache.api.demo import demo
 
@@ -76,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         "--show-cache-text", action="store_true", help="let GET /v1/cache/tree?text=true show what is cached"
     )
 
+    _add_document_options(serve)
+
     generate = commands.add_parser("generate", help="complete a prompt; text to stdout, usage to stderr")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to complete; - reads it from standard input")
     _add_model_options(generate)
@@ -87,7 +93,59 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="ask the demo model questions over HTTP and show what the cache saves")
     _add_cache_commands(commands)
     _add_simulate(commands)
+    _add_document_commands(commands)
     return parser
+
+
+def _add_document_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--documents", type=Path, metavar="FOLDER", help="where documents are kept (default: in memory, until the end)"
+    )
+    parser.add_argument(
+        "--embedder",
+        default="hashing",
+        metavar="CHOICE",
+        help="hashing (words, no download), a sentence-transformers model, or the URL of an OpenAI-compatible "
+        "endpoint, whose key is $STEMCACHE_EMBEDDINGS_API_KEY (default: %(default)s)",
+    )
+    parser.add_argument("--embedding-model", metavar="NAME", help="the model of an embeddings endpoint")
+    parser.add_argument(
+        "--index", choices=["flat", "ivf", "hnsw"], default="flat", help="how passages are searched (default: flat)"
+    )
+    parser.add_argument(
+        "--passage-tokens",
+        type=_positive,
+        default=512,
+        help="documents are split into passages of so many tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-documents", type=_positive, default=100_000, help="documents of one key (default: %(default)s)"
+    )
+
+
+def _add_document_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("documents", help="add, list and delete the documents of a running server")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add = actions.add_parser("add", help="add files; one document each, or one a line of a .jsonl file")
+    add.add_argument("files", nargs="+", metavar="FILE", help="a text file, or a .jsonl file")
+    add.add_argument(
+        "--metadata", type=_pair, action="append", metavar="NAME=VALUE", help="of all documents; may be repeated"
+    )
+    add.add_argument("--ttl", type=float, metavar="SECONDS", help="delete them by themselves after so long")
+    show = actions.add_parser("list", help="list documents")
+    delete = actions.add_parser("delete", help="delete documents and all that was computed from them")
+    delete.add_argument("ids", nargs="+", metavar="ID")
+    for action in (add, show, delete):
+        action.add_argument(
+            "--url", default="http://127.0.0.1:8000", help="the server's address (default: %(default)s)"
+        )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
+    return name, value
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:

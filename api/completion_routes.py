@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
@@ -19,11 +19,12 @@ from stemcache.api.admission import Admission
 from stemcache.api.answers import documented
 from stemcache.api.best_of import best_choices
 from stemcache.api.disconnect import until_disconnect
-from stemcache.api.encoding import chat_prompt, completion_prompts
+from stemcache.api.encoding import completion_prompts
 from stemcache.api.errors import require_model
 from stemcache.api.follow_up import read_as_next_turn
 from stemcache.api.formats import AnswerOptions, ChatFormat, CompletionFormat, Format
 from stemcache.api.generation import Choice, Generation, Prompt
+from stemcache.api.retrieval import Retrieval, report
 from stemcache.api.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from stemcache.api.sse import EventStream
 from stemcache.api.tools import ToolUse
@@ -31,7 +32,9 @@ from stemcache.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from stemcache.engine.engine import Engine
+    from stemcache.engine.outputs import Usage
     from stemcache.engine.sampling import SamplingParams
+    from stemcache.ragcache.preparation import Prepared
 
 FormatOf = Callable[["Engine", Generation, AnswerOptions], Format]
 FollowUp = Callable[[Generation, Choice], None]
@@ -40,8 +43,9 @@ FollowUp = Callable[[Generation, Choice], None]
 class CompletionRoutes:
     """Each route is a translation: its fields to an engine's call, the engine's deltas to its format."""
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, retrieval: Retrieval) -> None:
         self._engine = engine
+        self._retrieval = retrieval
         self._admission = admission
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -62,9 +66,14 @@ class CompletionRoutes:
         try:
             tools = await self._tools_of(body)
             params = tools.constrain(body.sampling_params())
-            prompt = await chat_prompt(self._engine, body, tools.offered)
-            format_of, follow_up = partial(ChatFormat, tools=tools), self._follow_up_of(body, tools)
-            return await self._answer(body, [prompt], params, format_of, request, follow_up)
+            made = await self._retrieval.prompt(body, tools.offered, params.max_tokens)
+            prepared, documents = made.prepared, None
+            # What the server retrieves for the next turn stands elsewhere, or is other documents.
+            follow_up = None if prepared is not None else self._follow_up_of(body, tools)
+            if prepared is not None and body.rag is not None:
+                documents = partial(_documents_used, prepared)
+            format_of = partial(ChatFormat, tools=tools, documents=documents)
+            return await self._answer(body, [made.prompt], params, format_of, request, follow_up)
         except InvalidRequestError as error:
             error.param = body.name_of(error.param)
             raise
@@ -74,7 +83,8 @@ class CompletionRoutes:
         require_model(body.model, self._engine.model_name)
         if isinstance(body, CompletionRequest):
             return await completion_prompts(self._engine, body)
-        return [await chat_prompt(self._engine, body, (await self._tools_of(body)).offered)]
+        offered = (await self._tools_of(body)).offered
+        return [(await self._retrieval.prompt(body, offered, body.sampling_params().max_tokens)).prompt]
 
     async def _answer(
         self,
@@ -115,3 +125,7 @@ class CompletionRoutes:
             task.add_done_callback(self._tasks.discard)
 
         return prepare
+
+
+def _documents_used(prepared: Prepared, usage: Usage) -> dict[str, Any]:
+    return report(prepared, usage.cached_tokens)

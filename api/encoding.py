@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stemcache.api.generation import Prompt
 from stemcache.engine.errors import InvalidRequestError
+from stemcache.ragcache.compose import Template
 
 if TYPE_CHECKING:
     from stemcache.api.messages import Message, TemplateFields
@@ -53,10 +54,7 @@ async def encode_messages(
     """Token ids of a conversation, by the model's chat template. Raises InvalidRequestError."""
     rendered = [message.for_template() for message in messages]
     documents = None if fields.documents is None else [document.model_dump() for document in fields.documents]
-    if fields.continue_final_message and fields.add_generation_prompt:
-        raise InvalidRequestError(
-            "'continue_final_message' and 'add_generation_prompt' exclude each other.", param="continue_final_message"
-        )
+    template = template_fields(fields, tools)
     parts = (*rendered, *(documents or ()), *(tools or ()))
     length = sum(len(str(value)) for part in parts for value in part.values())
     return await _maybe_in_thread(
@@ -65,11 +63,26 @@ async def encode_messages(
             rendered,
             documents=documents,
             tools=tools,
-            add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
-            continue_final_message=fields.continue_final_message,
-            add_special_tokens=bool(fields.add_special_tokens),
-            template_kwargs=fields.template_kwargs,
+            add_generation_prompt=template.add_generation_prompt,
+            continue_final_message=template.continue_final_message,
+            add_special_tokens=template.add_special_tokens,
+            template_kwargs=template.template_kwargs,
         ),
+    )
+
+
+def template_fields(fields: TemplateFields, tools: Tools) -> Template:
+    """What a request says of the chat template. Raises InvalidRequestError."""
+    if fields.continue_final_message and fields.add_generation_prompt:
+        raise InvalidRequestError(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other.", param="continue_final_message"
+        )
+    return Template(
+        tools=tools,
+        add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
+        continue_final_message=fields.continue_final_message,
+        add_special_tokens=bool(fields.add_special_tokens),
+        template_kwargs=fields.template_kwargs,
     )
 
 

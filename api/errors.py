@@ -21,6 +21,7 @@ from starlette.routing import Match
 
 from stemcache.engine.errors import EngineClosedError, InvalidRequestError
 from stemcache.prefixtree.errors import StemcacheError
+from stemcache.ragcache.errors import CatalogueError, DocumentNotFoundError, EmbedderError
 
 # nginx's status for a client that went away. Nobody reads it; it tells the access log apart from an answer.
 CLIENT_CLOSED_REQUEST = 499
@@ -49,6 +50,16 @@ class ApiError(StemcacheError):
     def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.headers = headers
+
+
+class NoDocumentServiceError(ApiError):
+    """Documents are asked for, and the server has none of their libraries."""
+
+    status = 501
+    code = "documents_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("This server keeps no documents; install what it needs: pip install 'stemcache[rag]'")
 
 
 def require_model(asked: str | None, served: str) -> None:
@@ -83,12 +94,16 @@ def describe(error: Exception) -> ErrorReply:
         case ApiError():
             return ErrorReply(error.status, str(error), type=error.type, code=error.code)
         case InvalidRequestError():
-            status = 404 if isinstance(error, NotFoundError) else 400
+            status = 404 if isinstance(error, NotFoundError | DocumentNotFoundError) else 400
             return ErrorReply(status, str(error), param=error.param, code=error.code)
         case RequestValidationError():
             return _describe_validation(error.errors()[0])
         case HTTPException():
             return ErrorReply(error.status_code, _ROUTING.get(error.status_code, str(error.detail)))
+        case EmbedderError():
+            return ErrorReply(502, str(error), type="server_error", code="embedder_failed")
+        case CatalogueError():
+            return ErrorReply(503, str(error), type="server_error", code="catalogue_failed")
         case EngineClosedError():
             return ErrorReply(503, str(error), type="server_error", code="engine_closed")
         case _:
@@ -125,7 +140,8 @@ def _param_name(location: Sequence[str | int]) -> str | None:
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of `app` in OpenAI's form."""
-    for kind in (ApiError, InvalidRequestError, EngineClosedError, RequestValidationError, HTTPException):
+    ours = (ApiError, InvalidRequestError, EngineClosedError, EmbedderError, CatalogueError)
+    for kind in (*ours, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _reply)
     app.add_exception_handler(HTTPStatus.METHOD_NOT_ALLOWED, _other_methods)
     app.add_exception_handler(ClientDisconnect, _nobody_listens)

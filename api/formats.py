@@ -10,7 +10,7 @@ import dataclasses
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,11 @@ class Format(ABC):
     async def chunks(self) -> AsyncIterator[Json]:
         """The answer as a stream. With `usage_last` a last chunk, without choices, has the usage."""
         usage: Json = {"usage": None} if self._options.usage_last else {}
-        first, told = self._prompt_fields(), 0
+        first: Json | None = None
+        told = 0
         async for item in self._generation.deltas():
+            if first is None:  # not before: how much of the prompt was cached is known with the first token
+                first = self._prompt_fields()
             told += len(item.delta.token_ids)
             if self._options.usage_always:  # of what was told so far: the engine may be ahead
                 usage = _usage(dataclasses.replace(self._generation.usage, completion_tokens=told))
@@ -202,9 +205,16 @@ class ChatFormat(Format):
     chunk_object_name = "chat.completion.chunk"
 
     def __init__(
-        self, engine: Engine, generation: Generation, options: AnswerOptions, tools: ToolUse | None = None
+        self,
+        engine: Engine,
+        generation: Generation,
+        options: AnswerOptions,
+        tools: ToolUse | None = None,
+        documents: Callable[[Usage], Json] | None = None,
     ) -> None:
+        """`documents` tells which documents were used, and what of them was reused."""
         super().__init__(engine, generation, options)
+        self._documents = documents
         self._begun: set[int] = set()
         self._writer = ChatLogprobs(engine, tokens_as_ids=options.tokens_as_ids)
         self._tools = tools
@@ -245,6 +255,8 @@ class ChatFormat(Format):
         fields: Json = {}
         if self._options.token_ids:
             fields["prompt_token_ids"] = self._generation.prompts[0].token_ids
+        if self._documents is not None:
+            fields["rag"] = self._documents(self._generation.usage)
         if self._options.prompt_logprobs:
             fields["prompt_logprobs"] = prompt_logprobs(self._engine, self._generation.prompt_logprobs(0))
         return fields

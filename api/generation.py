@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off."""
+    """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off.
+
+    submitted: to be called when the engine has it.
+    """
 
     token_ids: list[int]
     text: str | None = None
+    submitted: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ class Generation:
         try:
             for prompt in prompts:
                 streams.append(admitted.submit(prompt.token_ids, params))
+                if prompt.submitted is not None:
+                    prompt.submitted()
         except BaseException:
             for stream in streams:
                 stream.cancel()

@@ -21,12 +21,14 @@ class Limits:
     body_bytes: of one request's body. A context of 128k tokens is a megabyte as text or as token ids.
     choices: of one request, prompts times `n`.
     queue: requests of one tenant that wait to be started, above which new ones are refused.
+    documents: of one tenant.
     seconds: from a request's arrival to the end of its answer; None for no limit.
     """
 
     body_bytes: int = 16 << 20
     choices: int = 512
     queue: int = 512
+    documents: int = 100_000
     seconds: float | None = 600.0
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stemcache.api.cache_hints import ImplicitCacheOptions
+from stemcache.api.document_schemas import RagOptions
 from stemcache.api.formats import AnswerOptions
 from stemcache.api.messages import Message, TemplateFields
 from stemcache.api.request_model import RequestModel, with_examples
@@ -190,6 +191,7 @@ class ChatRequest(TemplateFields, SamplingRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     max_completion_tokens: int | None = None
     parallel_tool_calls: bool = True
+    rag: RagOptions | None = Field(default=None, description="Retrieve documents on the server (/v1/documents).")
     reasoning_effort: Text | None = Field(default=None, description="For chat templates that have such a variable.")
     tool_choice: ToolChoice | None = None
 

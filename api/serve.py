@@ -9,13 +9,14 @@ import logging
 import signal
 import socket
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import NoReturn
 
 import uvicorn
 
 from stemcache.api import logs
+from stemcache.api.document_service import open_documents
 from stemcache.api.drain import Drain
 from stemcache.api.draining_server import DrainingServer
 from stemcache.api.keys import Keyring
@@ -44,12 +45,13 @@ def serve(options: argparse.Namespace) -> int:
     keyring = _keyring(options, settings)
     # Bound before the model is loaded, so that a taken port is known at once; not listening before it is, so that
     # a client is refused rather than kept waiting.
-    with _bind(options.host, options.port) as listener, load_engine(options) as engine:
+    with _bind(options.host, options.port) as listener, load_engine(options) as engine, ExitStack() as stack:
         host, port = listener.getsockname()[:2]
         if keyring is None and not ipaddress.ip_address(host).is_loopback:
             _log.warning("listening on %s without API keys: whoever can reach it can use it; see --api-keys", host)
         _log.info("serving %s at http://%s:%d/v1", engine.model_name, f"[{host}]" if ":" in host else host, port)
         drain = Drain()
+        documents = stack.enter_context(open_documents(options, settings, engine))
         app = create_app(
             engine,
             keyring=keyring,
@@ -59,6 +61,7 @@ def serve(options: argparse.Namespace) -> int:
             spans=exported_spans(engine.model_name) if settings.traces_endpoint else None,
             log_prompts=options.log_prompts,
             show_cache_text=options.show_cache_text,
+            documents=documents,
         )
         # The application has no lifespan, and ending one by force would be logged as a failure.
         config = uvicorn.Config(
@@ -71,7 +74,12 @@ def serve(options: argparse.Namespace) -> int:
 
 def limits_from(options: argparse.Namespace) -> Limits:
     """The limits that the command line asks for."""
-    return Limits(body_bytes=options.max_body, queue=options.max_queue, seconds=options.request_timeout)
+    return Limits(
+        body_bytes=options.max_body,
+        queue=options.max_queue,
+        documents=options.max_documents,
+        seconds=options.request_timeout,
+    )
 
 
 def _keyring(options: argparse.Namespace, settings: Settings) -> Keyring | None:

@@ -19,17 +19,20 @@ from stemcache.api.answers import documented
 from stemcache.api.auth import AuthMiddleware
 from stemcache.api.cache_routes import CacheRoutes
 from stemcache.api.completion_routes import CompletionRoutes
+from stemcache.api.document_routes import DocumentRoutes
 from stemcache.api.drain import Drain, DrainMiddleware
 from stemcache.api.errors import add_error_handlers, require_model
 from stemcache.api.head import HeadAsGet
 from stemcache.api.keys import Keyring, Tenant
 from stemcache.api.limits import BodyLimitMiddleware, Limits
 from stemcache.api.metrics import Metrics
+from stemcache.api.retrieval import Retrieval
 from stemcache.api.token_routes import TokenRoutes
 
 if TYPE_CHECKING:
     from stemcache.api.tracing import Spans
     from stemcache.engine.engine import Engine
+    from stemcache.ragcache.context_cache import ContextCache
 
 
 def create_app(
@@ -42,12 +45,14 @@ def create_app(
     spans: Spans | None = None,
     log_prompts: bool = False,
     show_cache_text: bool = False,
+    documents: ContextCache | None = None,
 ) -> FastAPI:
     """The application that serves `engine`. Whoever made the engine closes it.
 
     keyring: whose API keys are let in; None for everybody, as one tenant.
     secret: what that one tenant's id is derived with; random by default. A keyring has its own.
     drain: to be begun when the server is to end. spans: where to tell traces.
+    documents: what chats can retrieve from; whoever made it closes it. None: document routes answer 501.
     show_cache_text: whether GET /v1/cache/tree may show what is cached, to the tenant whose it is.
     """
     metrics, limits = Metrics(engine), limits or Limits()
@@ -60,10 +65,11 @@ def create_app(
     app.add_middleware(AccessMiddleware, metrics=metrics, spans=spans)
     add_error_handlers(app)
     admission = Admission(engine, metrics, limits, log_prompts=log_prompts)
-    completions = CompletionRoutes(engine, admission)
+    completions = CompletionRoutes(engine, admission, Retrieval(engine, documents))
     completions.add_to(app)
     TokenRoutes(engine).add_to(app)
     CacheRoutes(engine, admission, completions.prompts_of, show_text=show_cache_text).add_to(app)
+    DocumentRoutes(documents, max_documents=limits.documents).add_to(app)
     ServerRoutes(engine).add_to(app)
     app.add_route("/metrics", metrics.serve)
     return app

@@ -20,12 +20,14 @@ class Settings:
     api_key: STEMCACHE_API_KEY, a single key for a server of one tenant.
     secret: STEMCACHE_SECRET, or the contents of the file STEMCACHE_SECRET_FILE; random where neither is given, and then
         no other process finds this one's chunks.
+    embeddings_api_key: STEMCACHE_EMBEDDINGS_API_KEY, for the endpoint of `--embedder`.
     traces_endpoint: OTEL_EXPORTER_OTLP_ENDPOINT.
     """
 
     api_keys_file: Path | None
     api_key: str | None
     secret: bytes
+    embeddings_api_key: str | None
     traces_endpoint: str | None
 
     @classmethod
@@ -39,6 +41,7 @@ class Settings:
             api_keys_file=Path(keys_file) if keys_file else None,
             api_key=environ.get("STEMCACHE_API_KEY") or None,
             secret=secret or secrets.token_bytes(32),
+            embeddings_api_key=environ.get("STEMCACHE_EMBEDDINGS_API_KEY") or None,
             traces_endpoint=environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
         )
 

@@ -128,6 +128,14 @@ class ContextCache:
         self._documents.expire()
         return self._catalogue.records(space.owner, after=after, limit=limit)
 
+    def has(self, document_id: str, *, space: Space = DEFAULT) -> bool:
+        """Whether there is such a document."""
+        return self._catalogue.find(space.owner, document_id) is not None
+
+    def knows_any(self, documents: Sequence[tuple[str, str]], *, space: Space = DEFAULT) -> bool:
+        """Whether one of these (title, text) is a passage of the catalogue."""
+        return any(self._catalogue.passage_like(space.owner, *each) is not None for each in documents)
+
     def count(self, *, space: Space = DEFAULT) -> int:
         """How many documents there are."""
         self._documents.expire()
@@ -253,6 +261,10 @@ class ContextCache:
                 may_leave_out=False,
             )
         )
+
+    def is_current(self, prepared: Prepared) -> bool:
+        """Whether no document was changed since; then `submitted` has nothing to do. Does not wait."""
+        return prepared.epoch == self._documents.epoch
 
     def submitted(self, prepared: Prepared) -> None:
         """To be called once a prepared prompt was submitted: a document may have been deleted in between."""

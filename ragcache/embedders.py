@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import httpx
@@ -52,14 +54,18 @@ class HashingEmbedder:
     """
 
     def __init__(self, dimensions: int = 2048) -> None:
-        try:
-            from sklearn.feature_extraction.text import HashingVectorizer
-        except ImportError:
-            raise MissingExtraError("scikit-learn", "rag") from None
+        if find_spec("sklearn") is None:
+            raise MissingExtraError("scikit-learn", "rag")
         self.name = f"hashing-char_wb-3-5-{dimensions}"
         self.dimensions = dimensions
-        self._vectorizer: HashingVectorizer = HashingVectorizer(
-            n_features=dimensions, analyzer="char_wb", ngram_range=(3, 5), norm="l2", dtype=np.float32
+
+    @cached_property
+    def _vectorizer(self) -> HashingVectorizer:
+        """Made when it is first needed: the library takes longer to load than all the rest of a server."""
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        return HashingVectorizer(
+            n_features=self.dimensions, analyzer="char_wb", ngram_range=(3, 5), norm="l2", dtype=np.float32
         )
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:

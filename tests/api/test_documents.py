@@ -1,0 +1,312 @@
+"""Documents over HTTP: added, retrieved, reported and deleted, on real servers with two tenants and a restart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from stemcache.api.answers import ChatAnswer, ErrorAnswer
+from stemcache.api.cli import main
+from stemcache.api.document_answers import (
+    ChangedDocument,
+    ChangedDocuments,
+    DeletedDocument,
+    DeletedDocuments,
+    DocumentAnswer,
+    DocumentList,
+)
+from stemcache.api.server_process import ServerProcess, ServerStartError
+from stemcache.engine.demo.facts import SYSTEM_PROMPT, random_corpus
+
+ALICE, BOB = "alice-" + "a" * 32, "bob-" + "b" * 32
+FACTS = random_corpus(Random(77), 12)
+DOCUMENTS = [{"id": f.title, "title": f.title, "text": f.text, "metadata": {"n": i}} for i, f in enumerate(FACTS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("documents")
+
+
+def started(folder: Path) -> ServerProcess:
+    keys = folder / "keys"
+    keys.write_text(f"alice {ALICE}\nbob {BOB}\n")
+    keys.chmod(0o600)
+    options = ("--dtype", "float32", "--pool-bytes", "16MiB", "--chunk-tokens", "16", "--show-cache-text")
+    more = ("--api-keys", str(keys), "--documents", str(folder / "store"), "--max-documents", "50")
+    return ServerProcess(*options, *more)
+
+
+@pytest.fixture(scope="module")
+def tenants(folder: Path) -> Iterator[ServerProcess]:
+    with started(folder) as process:
+        process.wait_until_ready()
+        yield process
+
+
+def client_of(server: ServerProcess, key: str) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=server.url, headers=headers, trust_env=False, timeout=60)
+
+
+@pytest.fixture
+def alice(tenants: ServerProcess) -> Iterator[httpx.Client]:
+    """A client with no documents and an empty cache."""
+    with client_of(tenants, ALICE) as client:
+        client.post("/v1/cache/clear").raise_for_status()
+        yield client
+        names = [each["id"] for each in client.get("/v1/documents").json()["data"]]
+        if names:
+            client.delete("/v1/documents", params={"id": names}).raise_for_status()
+
+
+@pytest.fixture
+def bob(tenants: ServerProcess) -> Iterator[httpx.Client]:
+    with client_of(tenants, BOB) as client:
+        yield client
+
+
+def add(client: httpx.Client, documents: list[dict[str, Any]]) -> ChangedDocuments:
+    response = client.post("/v1/documents", json={"documents": documents})
+    assert response.status_code == 200, response.text
+    return ChangedDocuments.model_validate(response.json())
+
+
+def chat(client: httpx.Client, question: str, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 24, "return_token_ids": True} | fields
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    ChatAnswer.model_validate(response.json())
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def refusal(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    return ErrorAnswer.model_validate(response.json()).error.model_dump()
+
+
+def cached_text(client: httpx.Client) -> str:
+    nodes = client.get("/v1/cache/tree", params={"text": True, "max_nodes": 5000}).json()["nodes"]
+    return " ".join(node["text"] for node in nodes)
+
+
+def test_life_of_documents(alice: httpx.Client) -> None:
+    created = add(alice, DOCUMENTS)
+    assert [each.status for each in created.data] == ["created"] * 12
+    assert [each.status for each in add(alice, DOCUMENTS[:2]).data] == ["unchanged"] * 2
+    page = DocumentList.model_validate(alice.get("/v1/documents", params={"limit": 5}).json())
+    assert (len(page.data), page.has_more, page.total) == (5, True, 12)
+    after = {"limit": 1000, "after": page.data[-1].id}
+    rest = DocumentList.model_validate(alice.get("/v1/documents", params=after).json())
+    assert sorted(each.id for each in (*page.data, *rest.data)) == sorted(each["id"] for each in DOCUMENTS)
+    name = DOCUMENTS[0]["id"]
+    got = DocumentAnswer.model_validate(alice.get(f"/v1/documents/{name}").json())
+    assert (got.text, got.title, got.metadata, got.version) == (DOCUMENTS[0]["text"], name, {"n": 0}, 1)
+    put = alice.put(f"/v1/documents/{name}", json={"text": "Another text.", "ttl_seconds": 100}).json()
+    changed = ChangedDocument.model_validate(put)
+    assert (changed.status, changed.version, changed.metadata) == ("updated", 2, {})
+    assert changed.expires_at == pytest.approx(changed.updated_at + 100, abs=1)
+    gone = DeletedDocument.model_validate(alice.delete(f"/v1/documents/{name}").json())
+    assert (gone.id, gone.deleted, gone.forgotten_chunks) == (name, True, 0)
+    assert refusal(alice.get(f"/v1/documents/{name}"), 404)["code"] == "document_not_found"
+    names = [each["id"] for each in DOCUMENTS[1:4]]
+    refusal(alice.delete("/v1/documents", params={"id": [*names, name]}), 404)
+    assert alice.get("/v1/documents").json()["total"] == 11, "none of them was deleted"
+    several = DeletedDocuments.model_validate(alice.delete("/v1/documents", params={"id": names}).json())
+    assert [each.id for each in several.data] == names
+    path = "folder/a file & more?.txt"
+    assert alice.put(f"/v1/documents/{path.replace('?', '%3F')}", json={"text": "T"}).json()["id"] == path
+
+
+def test_answers_with_retrieval_are_those_with_the_same_documents(alice: httpx.Client, bob: httpx.Client) -> None:
+    add(alice, DOCUMENTS)
+    for index, fields in ((0, {}), (1, {"order": "cache"}), (0, {"order": "cache", "k": 2}), (1, {"explain": True})):
+        question = FACTS[index].facts[0].question
+        mine = chat(alice, question, rag=fields)
+        used = mine["rag"]["documents"]
+        assert used[0]["id"] == DOCUMENTS[index]["id"] or fields.get("order") == "cache"
+        given = [{"title": each["title"], "text": FACTS[_number(each["id"])].text} for each in used]
+        theirs = chat(bob, question, documents=given)
+        assert theirs["prompt_token_ids"] == mine["prompt_token_ids"]
+        assert theirs["choices"][0]["message"] == mine["choices"][0]["message"]
+        assert "rag" not in theirs
+    assert sum(each["tokens"] for each in used) < mine["usage"]["prompt_tokens"]
+
+
+def _number(document_id: str) -> int:
+    return [each["id"] for each in DOCUMENTS].index(document_id)
+
+
+def test_what_was_reused_is_told(alice: httpx.Client, tenants: ServerProcess) -> None:
+    add(alice, DOCUMENTS)
+    question = FACTS[2].facts[0].question
+    assert {each["reuse"] for each in chat(alice, question, rag={})["rag"]["documents"]} == {"none"}
+    again = chat(alice, question, rag={"explain": True})
+    assert {each["reuse"] for each in again["rag"]["documents"]} == {"all"}
+    cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < sum(each["cached_tokens"] for each in again["rag"]["documents"]) < cached
+    # A stream says it in its first chunk, which the openai package hands on.
+    messages: Any = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    with openai.OpenAI(base_url=f"{tenants.url}/v1", api_key=ALICE, max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model="stemcache-demo", messages=messages, stream=True, max_tokens=4, extra_body={"rag": {"k": 2}}
+        )
+        chunks = list(stream)
+    told: Any = chunks[0].model_extra
+    assert [each["reuse"] for each in told["rag"]["documents"]] == ["all", "all"]
+    assert all("rag" not in (chunk.model_extra or {}) for chunk in chunks[1:])
+    # Documents that the caller brings are told of too, if 'rag' is there.
+    stranger = {"title": "T", "text": "Nobody knows this text."}
+    known = {name: DOCUMENTS[2][name] for name in ("title", "text")}
+    told = chat(alice, question, documents=[known, stranger], rag={"order": "relevance"})["rag"]["documents"]
+    assert [each["id"] for each in told] == [DOCUMENTS[2]["id"], None]
+
+
+def test_filters_and_few_documents(alice: httpx.Client) -> None:
+    add(alice, DOCUMENTS)
+    told = chat(alice, "What?", rag={"k": 9, "filter": {"n": [3, 5]}})["rag"]
+    assert sorted(_number(each["id"]) for each in told["documents"]) == [3, 5]
+    assert told["notes"] == ["9 passages were asked for, and there are only 2"]
+    other = chat(alice, "What is it?", rag={"k": 1, "query": FACTS[4].facts[0].question})["rag"]["documents"]
+    assert other[0]["id"] == DOCUMENTS[4]["id"]
+
+
+def test_deleting_empties_the_cache_of_it(alice: httpx.Client) -> None:
+    add(alice, DOCUMENTS)
+    question, name = FACTS[0].facts[0].question, DOCUMENTS[0]["id"]
+    chat(alice, question, rag={})
+    chat(alice, question, rag={}, cache_salt="another")
+    chat(alice, question, documents=[{"title": name, "text": DOCUMENTS[0]["text"]}])
+    messages = [{"role": "user", "content": question}]
+    warm = alice.post("/v1/cache/warm", json={"messages": messages, "rag": {"k": 1}})
+    assert warm.status_code == 200, warm.text
+    assert name in cached_text(alice)
+    gone = alice.delete(f"/v1/documents/{name}").json()
+    assert gone["forgotten_chunks"] > 8
+    assert name not in cached_text(alice)
+    assert name not in [each["id"] for each in chat(alice, question, rag={})["rag"]["documents"]]
+    assert name not in cached_text(alice)
+
+
+def test_another_tenant_has_nothing_to_do_with_it(alice: httpx.Client, bob: httpx.Client) -> None:
+    add(alice, DOCUMENTS[:3])
+    name = DOCUMENTS[0]["id"]
+    assert bob.get("/v1/documents").json() == {"object": "list", "data": [], "has_more": False, "total": 0}
+    refusal(bob.get(f"/v1/documents/{name}"), 404)
+    refusal(bob.delete(f"/v1/documents/{name}"), 404)
+    body = {"messages": [{"role": "user", "content": "What?"}], "rag": {}}
+    assert refusal(bob.post("/v1/chat/completions", json=body))["code"] == "no_documents"
+    assert alice.get("/v1/documents").json()["total"] == 3
+
+
+@pytest.mark.parametrize(
+    ("rag", "more", "param"),
+    [
+        ({"k": 0}, {}, "rag.k"),
+        ({"k": 1000}, {}, "rag.k"),
+        ({"k": "4"}, {}, "rag.k"),
+        ({"order": "id"}, {}, "rag.order"),
+        ({"reuse": "blend"}, {}, "rag.reuse"),
+        ({"colour": 1}, {}, "rag.colour"),
+        ({"filter": {"a": {}}}, {}, "rag.filter.a"),
+        ({"k": 2}, {"documents": ["Text."]}, "rag.k"),
+        ({"filter": {"a": 1}}, {"documents": ["Text."]}, "rag.filter"),
+        ({}, {"truncate_prompt_tokens": 20}, "truncate_prompt_tokens"),
+        ({}, {"messages": [{"role": "system", "content": "S"}]}, "rag"),
+        ({}, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ],
+)
+def test_bad_wishes(alice: httpx.Client, rag: dict[str, Any], more: dict[str, Any], param: str) -> None:
+    add(alice, DOCUMENTS[:2])
+    body = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2, "rag": rag} | more
+    error = refusal(alice.post("/v1/chat/completions", json=body))
+    assert str(error["param"]).startswith(param), error
+
+
+@pytest.mark.parametrize(
+    ("document", "param"),
+    [
+        ({"text": " "}, "documents[0].text"),
+        ({"title": "T"}, "documents[0].text"),
+        ({"text": "T", "id": "a//b"}, "documents[0].id"),
+        ({"text": "T", "metadata": {"a": []}}, "documents[0].metadata.a"),
+        ({"text": "T", "ttl_seconds": 0}, "documents[0].ttl_seconds"),
+        ({"text": "T", "colour": 1}, "documents[0].colour"),
+    ],
+)
+def test_bad_documents(alice: httpx.Client, document: dict[str, Any], param: str) -> None:
+    error = refusal(alice.post("/v1/documents", json={"documents": [document]}))
+    assert str(error["param"]).startswith(param), error
+    assert alice.get("/v1/documents").json()["total"] == 0
+
+
+def test_there_is_a_limit(alice: httpx.Client) -> None:
+    many = [{"text": f"Text {i}."} for i in range(51)]
+    assert refusal(alice.post("/v1/documents", json={"documents": many}))["code"] == "document_limit_exceeded"
+    add(alice, many[:50])
+    add(alice, many[:50])  # they are there already
+    assert refusal(alice.put("/v1/documents/one", json={"text": "T"}))["code"] == "document_limit_exceeded"
+
+
+def test_the_command_line(
+    tenants: ServerProcess, alice: httpx.Client, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("STEMCACHE_API_KEY", ALICE)
+    monkeypatch.chdir(tmp_path)
+    Path("one.txt").write_text("The code of Abc is 12.")
+    lines = [{"id": f"l{i}", "text": f"Line {i}."} for i in range(70)]
+    Path("many.jsonl").write_text("\n".join(json.dumps(line) for line in lines[:40]))
+    url = ["--url", tenants.url]
+    assert main(["documents", "add", "one.txt", "many.jsonl", "--metadata", "lang=en", "--ttl", "500", *url]) == 0
+    assert capsys.readouterr().out == "41 created, 0 updated, 0 unchanged\n"
+    one = alice.get("/v1/documents/one.txt").json()
+    assert (one["title"], one["metadata"]) == ("one", {"lang": "en"})
+    assert one["expires_at"] is not None
+    assert main(["documents", "list", *url]) == 0
+    told = capsys.readouterr().out
+    assert "one.txt" in told
+    assert "41 documents" in told
+    assert main(["documents", "delete", "one.txt", "l3", *url]) == 0
+    assert capsys.readouterr().out.count("deleted") == 2
+    assert main(["documents", "delete", "one.txt", *url]) == 2
+    assert "no document 'one.txt'" in capsys.readouterr().err
+    Path("bad.jsonl").write_text('{"text": "T"}\n{"title": "T"}')
+    assert main(["documents", "add", "bad.jsonl", *url]) == 2
+    assert "line 2" in capsys.readouterr().err
+    Path("binary").write_bytes(b"\xff\xfe")
+    assert main(["documents", "add", "binary", *url]) == 2
+    assert "no UTF-8" in capsys.readouterr().err
+
+
+def test_documents_survive_a_restart(folder: Path, tmp_path: Path) -> None:
+    """Also where the server's secret, and with it the tenants' ids, are others."""
+    store = tmp_path / "again"
+    store.mkdir()
+    with started(store) as first:
+        first.wait_until_ready()
+        with client_of(first, ALICE) as client:
+            add(client, DOCUMENTS[:3])
+            client.delete(f"/v1/documents/{DOCUMENTS[2]['id']}").raise_for_status()
+        second = ServerProcess("--documents", str(store / "store"), "--pool-bytes", "1MiB")
+        with second, pytest.raises(ServerStartError, match="another process has"):
+            second.wait_until_ready()
+    with started(store) as later, client_of(later, ALICE) as client:
+        later.wait_until_ready()
+        assert client.get("/v1/documents").json()["total"] == 2
+        told = chat(client, FACTS[0].facts[0].question, rag={"k": 1})["rag"]["documents"]
+        assert told[0]["id"] == DOCUMENTS[0]["id"]
+
+
+def test_a_server_that_is_asked_for_an_embedder_that_is_not_there() -> None:
+    process = ServerProcess("--embedder", "http://127.0.0.1:9/v1", "--embedding-model", "m")
+    with process, pytest.raises(ServerStartError, match="cannot be asked for embeddings"):
+        process.wait_until_ready()
