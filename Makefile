@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate
+.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -64,6 +64,10 @@ bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
 
 kernel-gate: $(READY)  ## compile every GPU kernel configuration for sm_80, sm_90 and sm_100 (no GPU needed)
 	@$(BIN)/python -m stemcache.kernels.triton_compile
+
+kernels-gpu: $(READY)  ## on a GPU: the kernels' tests, then their benchmark (nine minutes)
+	@$(BIN)/python -m pytest -q tests/kernels
+	@$(BIN)/python benchmarks/kernels.py
 
 train: $(READY)  ## train the demo model anew (two hours on two cores)
 	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 120

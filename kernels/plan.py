@@ -31,6 +31,8 @@ class Sharing:
     row_tokens: what one partial result of one row costs to write and to read back; a reader pays it for the item, for
         every `split_tokens` of it, and once more because its own part is then no longer its only one.
     split_tokens: the length to which a backend cuts long items.
+    max_rows: sequences with more new rows do not join: they fill a backend's tiles by themselves, and would only pay
+        for partial results.
     batch_invariant: nodes end at multiples of split_tokens, and backends that know of it cut there and nowhere else,
         so that a row's result does not depend on its batch.
     """
@@ -38,6 +40,7 @@ class Sharing:
     fixed_tokens: int = SHARE_TOKENS
     row_tokens: float = 0.0
     split_tokens: int = 256
+    max_rows: int | None = None
     batch_invariant: bool = False
 
     def pays(self, branches: int, rows: int, tokens: int) -> bool:
@@ -191,17 +194,22 @@ def _items(
     order = forest.order
     rows = [np.arange(row_begin[i], row_begin[i] + sequences[i].stop - sequences[i].start) for i in order]
     counts = [len(own) for own in rows]
+    joins = [sharing.max_rows is None or count <= sharing.max_rows for count in counts]
     align = sharing.split_tokens // chunk_tokens if sharing.batch_invariant else 1
     begin = [0] * len(order)
     items: list[WorkItem] = []
     for node in forest.nodes():
-        run_begin, end = begin[node.first], node.end // align * align
-        readers = sum(counts[node.first : node.last]) if sharing.row_tokens else 0
-        if not sharing.pays(node.branches, readers, (end - run_begin) * chunk_tokens):
+        readers = [k for k in range(node.first, node.last) if joins[k]]
+        if not readers:
             continue
-        begin[node.first : node.last] = [end] * (node.last - node.first)
-        run = chunks[order[node.first]][run_begin:end]
-        node_rows = np.concatenate(rows[node.first : node.last])
+        run_begin, end = begin[readers[0]], node.end // align * align
+        branches = min(node.branches, len(readers))
+        if not sharing.pays(branches, sum(counts[k] for k in readers), (end - run_begin) * chunk_tokens):
+            continue
+        for k in readers:
+            begin[k] = end
+        run = chunks[order[readers[0]]][run_begin:end]
+        node_rows = np.concatenate([rows[k] for k in readers])
         items.append(WorkItem(node_rows, run, run_begin * chunk_tokens, end * chunk_tokens, shared=True))
     for k, i in enumerate(order):
         items.append(WorkItem(rows[k], chunks[i][begin[k] :], begin[k] * chunk_tokens, sequences[i].stop, shared=False))

@@ -47,20 +47,25 @@ class Tiles:
     one_launch: bool = True
 
 
-def tiles_for(head_dim: int, itemsize: int, bits: int = 16) -> Tiles:
-    """The shipped configuration of a head width and element size, for all of sm_80, sm_90 and sm_100.
+def tiles_for(head_dim: int, itemsize: int, bits: int = 16, arch: int = 90) -> Tiles:
+    """The shipped configuration of a head width, element size and compute capability (90 for 9.0).
 
-    Chosen by compiling (no spills, shared memory that fits all three; `python -m stemcache.kernels.triton_compile`),
-    not by timing.
+    Chosen by compiling, not by timing: no spills, and shared memory that fits (`triton_compile`). What spilled is in
+    the conditions: registers limit the wide heads, quantised reads, and sm_100, whose accumulators lie elsewhere.
     """
+    blackwell = 100 <= arch < 120
+    little = arch in (86, 89) or arch >= 120  # 99 KiB of shared memory a block
     if itemsize == 4:
         # no matrix instructions multiply float32 exactly: the products go through registers
         return Tiles(large=16, keys=32 if head_dim <= 128 else 16, warps=4 if head_dim <= 64 else 8, stages=2)
+    if bits < 16 and head_dim <= 128:
+        return Tiles(keys=32, one_launch=arch >= 90)
     if bits < 16:
-        # unpacking takes registers: narrower tiles
-        return Tiles(keys=32) if head_dim <= 128 else Tiles(large=32, keys=32, warps=8)
+        return Tiles(large=32, keys=32, warps=8, one_launch=False)
     if head_dim > 128:
-        return Tiles(keys=32, warps=8)
+        return Tiles(keys=32, warps=8, stages=2 if little else 3, one_launch=not blackwell)
+    if head_dim > 64 and (blackwell or little):
+        return Tiles(keys=32, stages=4 if blackwell else 3)
     return Tiles()
 
 
@@ -68,7 +73,7 @@ def geometry(
     q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, *, bits: int = 16
 ) -> Geometry:
     """How steps are cut for layers of this shape on this device."""
-    tiles = tiles_for(head_dim, dtype.itemsize, bits)
+    tiles = tiles_for(head_dim, dtype.itemsize, bits, _arch(device))
     group = q_heads // kv_heads
     small = tiles.small if group <= tiles.small else 0
     return Geometry(kv_heads, group, tiles.large, small, _programs(device))
@@ -78,6 +83,7 @@ def step_key(
     q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, *, bits: int = 16
 ) -> StepKey:
     """What a `StepBuffers` for such layers is made with. bits: 8 or 4 if the pool is quantised."""
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors have it
     return StepKey(device, geometry(q_heads, kv_heads, head_dim, dtype, device, bits=bits), head_dim)
 
 
@@ -101,7 +107,7 @@ def attend(
     codes, scales, bits = _storage(pool_layer)
     key = step_key(q_heads, kv_heads, head_dim, query.dtype, query.device, bits=bits)
     step = step_of(plan, key)
-    tiles = tiles or tiles_for(head_dim, query.element_size(), bits)
+    tiles = tiles or tiles_for(head_dim, query.element_size(), bits, _arch(query.device))
     query = query if query.stride(2) == 1 else query.contiguous()
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     cut = key.geometry
@@ -257,6 +263,15 @@ def _require(device: torch.device, head_dim: int) -> None:
         raise ValueError(f"the Triton kernels take heads of up to {MAX_HEAD_DIM} values, not {head_dim}")
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"the Triton kernels run on a GPU, not on {device}: use backend='cpu', or TRITON_INTERPRET=1")
+
+
+@cache
+def _arch(device: torch.device) -> int:
+    """The compute capability times ten; that of the interpreter is as good as any."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache

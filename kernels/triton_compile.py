@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,10 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from stemcache.kernels.triton_attend import attend_kernel
-from stemcache.kernels.triton_backend import attend_constants, tiles_for
+from stemcache.kernels.triton_backend import Tiles, attend_constants, tiles_for
 from stemcache.kernels.triton_metadata import Geometry
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory a block may have, by compute capability."""
 HEAD_DIMS = (64, 96, 128, 256)
 MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
@@ -104,11 +104,20 @@ def shipped(archs: Iterable[int], *, every: bool = True) -> Iterator[Configurati
             yield Configuration(arch, head_dim, dtype=torch.float32)
 
 
-def compile_attention(configuration: Configuration) -> Resources:
-    """Compile for the configuration's chip and read the resources off the PTX and the binary."""
+def compile_attention(configuration: Configuration, tiles: Tiles | None = None) -> Resources:
+    """Compile for the configuration's chip and read the resources off the PTX and the binary; the larger of the two
+    kernels' where the tiles go in two launches. tiles: others than the shipped, to try them."""
     c = configuration
-    itemsize = c.dtype.itemsize
-    tiles = tiles_for(c.head_dim, itemsize, c.bits)
+    tiles = tiles or tiles_for(c.head_dim, c.dtype.itemsize, c.bits, c.arch)
+    if c.large and c.small and not tiles.one_launch:
+        first = compile_attention(replace(c, small=False), tiles)
+        second = compile_attention(replace(c, large=False), tiles)
+        return Resources(
+            tuple(sorted({*first.matrix, *second.matrix})),
+            max(first.shared, second.shared),
+            max(first.registers, second.registers),
+            max(first.stack, second.stack),
+        )
     constants = attend_constants(
         Geometry(8, c.group, tiles.large, tiles.small),
         c.head_dim,

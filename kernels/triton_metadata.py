@@ -165,7 +165,10 @@ def gpu_sharing(*, group: int, batch_invariant: bool = False, split_tokens: int 
     values: the quotient is 2 * group tokens. That is the bound's arithmetic; that it stays in the second-level cache
     is not counted.
     """
-    return Sharing(row_tokens=2.0 * group, split_tokens=split_tokens, batch_invariant=batch_invariant)
+    max_rows = max(1, Geometry(1, group).large_rows // 2)
+    return Sharing(
+        row_tokens=2.0 * group, split_tokens=split_tokens, max_rows=max_rows, batch_invariant=batch_invariant
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -67,7 +67,7 @@ def on_gpu(batch: Any, sharing: Any = None) -> Any:
     not."""
     size = batch.pool.shape[3]
     group = batch.query.shape[1] // batch.pool.shape[1]
-    sharing = sharing or replace(gpu_sharing(group=group), fixed_tokens=0, row_tokens=0.0)
+    sharing = sharing or replace(gpu_sharing(group=group), fixed_tokens=0, row_tokens=0.0, max_rows=None)
     plan = AttentionPlan.build(batch.sequences, chunk_tokens=size, sharing=sharing)
     plan.check()
     return replace(batch, plan=plan, pool=batch.pool.to(DEVICE), query=batch.query.to(DEVICE))

@@ -106,13 +106,30 @@ def test_the_rule_shares_what_pays() -> None:
     rule = gpu_sharing(group=8)
     assert rule.pays(branches=2, rows=2, tokens=1024)
     assert not rule.pays(branches=2, rows=2, tokens=128)
-    assert not rule.pays(branches=2, rows=400, tokens=2048)  # two chunked prefills: partials outweigh one read
+    assert not rule.pays(branches=2, rows=400, tokens=2048)  # partials of many rows outweigh one read
     assert rule.pays(branches=32, rows=32, tokens=64)
     assert not rule.pays(branches=32, rows=32, tokens=0)
     shared = AttentionPlan.build(sharers(2, 16), chunk_tokens=64, sharing=rule)
     assert [item.shared for item in shared.items] == [True, False, False]
     plain = AttentionPlan.build(sharers(2, 2), chunk_tokens=64, sharing=rule)
     assert [item.shared for item in plain.items] == [False, False]
+
+
+def test_long_prefills_do_not_join_and_leave_the_rest_to_share() -> None:
+    """A prefill's rows fill tiles by themselves; decode rows over the same prefix still read it once."""
+    prefix = list(range(40))
+    prefill = sequence([*prefix, *range(500, 508)], 2560, 3060)
+    decodes = [sequence([*prefix, 600 + i], 2570, 2571) for i in range(5)]
+    rule = gpu_sharing(group=4)
+    plan = AttentionPlan.build([*decodes[:2], prefill, *decodes[2:]], chunk_tokens=64, sharing=rule)
+    plan.check()
+    StepMetadata.build(plan, Geometry(2, 4)).check(plan)
+    shared = [item for item in plan.items if item.shared]
+    assert [len(item.rows) for item in shared] == [5]
+    assert (plan.positions[shared[0].rows] == 2570).all()
+    nobody = AttentionPlan.build([prefill, prefill], chunk_tokens=64, sharing=rule)
+    nobody.check()
+    assert not any(item.shared for item in nobody.items)
 
 
 def test_batch_invariant_cuts_lie_at_fixed_positions() -> None:
