@@ -85,7 +85,7 @@ async def _leave_midway(
     client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str], rng: random.Random
 ) -> str:
     """Go away after some chunks of a stream, or after a moment of waiting for a whole answer."""
-    body = body | {"max_tokens": 400}
+    body = body | {"max_tokens": 400, "min_tokens": 200, "ignore_eos": False}  # so that text is coming when they go
     if not body["stream"]:
         task = asyncio.create_task(client.post("/v1/completions", json=body, headers=headers))
         await asyncio.sleep(rng.random() * 0.3)

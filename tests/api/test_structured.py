@@ -137,8 +137,10 @@ def test_json_objects(client: openai.OpenAI, model: str, engine: Engine) -> None
         assert isinstance(json.loads(choice.message.content), dict)
 
 
-def test_json_that_is_cut_by_the_limit_says_so(client: openai.OpenAI, model: str) -> None:
-    choice = chat(client, model, response_format={"type": "json_object"}, max_tokens=2).choices[0]
+def test_json_that_is_cut_by_the_limit_says_so(client: openai.OpenAI, model: str, engine: Engine) -> None:
+    [close] = engine.encode("}", add_special_tokens=False)
+    form = {"type": "json_object"}
+    choice = chat(client, model, response_format=form, max_tokens=2, logit_bias={str(close): -100}).choices[0]
     assert choice.finish_reason == "length"
     assert choice.message.content.startswith("{")
 

@@ -56,8 +56,9 @@ SCHEMAS = {"add": ADD, "get-time": {"type": "object"}}
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "The code?"}]
 
 
-# Without it the model, which was never taught JSON, may indent until its tokens are used up.
-NO_LINES = {str(AutoTokenizer.from_pretrained(MODEL_PATH).convert_tokens_to_ids("\u010a")): -100}
+# The model was never taught JSON: without this it may indent, and invent keys, until its tokens are used up.
+NEW_LINE, CLOSE = map(str, AutoTokenizer.from_pretrained(MODEL_PATH).convert_tokens_to_ids(["\u010a", "}"]))
+TIDY = {NEW_LINE: -100, CLOSE: 50}
 
 
 def checkpoint(folder: Path, sign: str) -> Path:
@@ -90,7 +91,7 @@ def caller(tool_server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def chat(client: openai.OpenAI, **fields: Any) -> Any:
     given = {"model": "caller", "messages": MESSAGES, "max_tokens": 300, "temperature": 0, "tools": TOOLS, **fields}
-    given["logit_bias"] = NO_LINES | fields.get("logit_bias", {})
+    given["logit_bias"] = TIDY | fields.get("logit_bias", {})
     return client.chat.completions.create(**given)
 
 
@@ -145,8 +146,8 @@ def test_every_choice_calls_for_itself(caller: openai.OpenAI) -> None:
 
 
 def test_several_calls_in_one_answer(caller: openai.OpenAI, demo_tokenizer: Any) -> None:
-    never_end = {str(demo_tokenizer.eos_token_id): -100}
-    fields = {"tool_choice": "required", "tools": TOOLS[:1], "logit_bias": never_end, "max_tokens": 150}
+    never_end = {str(demo_tokenizer.eos_token_id): -100, NEW_LINE: 0}
+    fields = {"tool_choice": "required", "tools": TOOLS[:1], "logit_bias": never_end, "max_tokens": 400}
     answer = chat(caller, **fields).choices[0]
     assert answer.finish_reason == "length", "nothing ends the calls but the limit"
     assert len(answer.message.tool_calls) > 1
@@ -292,7 +293,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
 
 
 def request(**fields: Any) -> ChatRequest:
-    fields["logit_bias"] = NO_LINES | fields.get("logit_bias", {})
+    fields["logit_bias"] = TIDY | fields.get("logit_bias", {})
     return ChatRequest.model_validate(
         {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 200, "temperature": 0} | fields
     )
