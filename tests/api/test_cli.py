@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from stemcache import Engine, SamplingParams
-from stemcache.api.cli import main
+from stemcache.api.cli import _parser, main
+from stemcache.api.loading import load_engine
 from stemcache.api.server_process import ServerProcess, ServerStartError
+from stemcache.prefixtree.eviction import LRU
+from stemcache.prefixtree.pgdsf import PGDSF
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +27,17 @@ def test_generate_prints_the_engines_text(engine: Engine, capsys: pytest.Capture
     [expected] = engine.generate(["The code of"], SamplingParams(max_tokens=12, temperature=0))
     assert printed.out == expected.text + "\n"
     assert f"{len(engine.encode('The code of'))} prompt tokens (0 cached)" in printed.err
+
+
+def test_eviction_and_queue_reach_the_engine() -> None:
+    for arguments, policy, by_cache in (
+        ([], LRU, False),
+        (["--eviction", "pgdsf"], PGDSF, False),
+        (["--queue", "cache"], LRU, True),
+    ):
+        with load_engine(_parser().parse_args(["serve", "--pool-bytes", "16MiB", *arguments])) as engine:
+            assert type(engine._loop.store._ledger.tree._policy) is policy
+            assert (engine._loop.scheduler.waiting._cached_share is not None) is by_cache
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}", '{"model_type": "llama"}', '{"model_type": "no_such_model"}'])
@@ -54,7 +68,13 @@ def test_values_that_the_engine_refuses(capsys: pytest.CaptureFixture[str], opti
 @pytest.mark.parametrize(
     "arguments",
     [[], ["bake"], ["serve", "--port", "70000"], ["serve", "--pool-bytes", "2G"], ["serve", "--chunk-tokens", "5"]]
-    + [["serve", "--max-queue", "0"], ["serve", "--request-timeout", "1.5"], ["serve", "--max-body", "lots"]],
+    + [["serve", "--max-queue", "0"], ["serve", "--request-timeout", "1.5"], ["serve", "--max-body", "lots"]]
+    + [
+        ["serve", "--eviction", "fifo"],
+        ["serve", "--queue", "lifo"],
+        ["simulate", "--k", "0"],
+        ["simulate", "--seeds"],
+    ],
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -66,7 +86,8 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_help_does_not_wait_for_torch() -> None:
     code = """
 import sys
-from stemcache.api.cli import main
+from stemcache.api.cli import _parser, main
+from stemcache.api.loading import load_engine
 try:
     main(["generate", "--help"])
 finally:
