@@ -113,9 +113,23 @@ class Cache:
         return self._loop.call(lambda: self._loop.forgetting.held(wanted)) if wanted else set()
 
     def clear(self, *, tenant: bytes = b"", cache_salt: bytes = b"") -> int:
-        """Evict the tenant's chunks that no request and no pin holds; returns how many."""
+        """Evict the tenant's chunks that no request and no pin holds, and delete what the tiers below have of them.
+
+        Returns how many left the device.
+        """
         namespace = self._namespace(tenant, cache_salt)
-        return self._loop.call(lambda: self._loop.store.clear(namespace))
+        cold = self._loop.cold
+
+        def clear() -> int:
+            cold.restorer.block(namespace)  # or what is loaded now would be back in a moment
+            return self._loop.store.clear(namespace)
+
+        cleared = self._loop.call(clear)
+        try:
+            cold.forget_namespace(namespace)
+        finally:
+            self._loop.call(lambda: cold.restorer.unblock(namespace))
+        return cleared
 
     def require_pin_room(self, prompt: Sequence[int], *, tenant: bytes = b"", cache_salt: bytes = b"") -> None:
         """Raise InvalidRequestError unless the prompt may be pinned: to be asked before computing it for a pin."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,11 +26,13 @@ from stemcache.engine import attention
 from stemcache.engine.activity import Activity
 from stemcache.engine.cache import Cache
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
+from stemcache.engine.cold import ColdCache, ColdOptions, ColdStats
 from stemcache.engine.completions import completions
 from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
 from stemcache.engine.grammar import GrammarCompiler
 from stemcache.engine.loop import EngineLoop
+from stemcache.engine.options import MAX_RUNNING, MAX_STEP_LOGITS, MAX_STEP_TOKENS, EngineOptions
 from stemcache.engine.outputs import Completion
 from stemcache.engine.policies import QUEUES
 from stemcache.engine.prompts import Prompts
@@ -44,13 +46,6 @@ from stemcache.engine.token_rules import TokenRules
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import StoreStats
-
-# Large steps are cheaper: 2,080 tokens of a 135M model take 1.9 s at once, 2.3 s in steps of 512 (two cores, bf16).
-# While others decode, a quarter of this is what they have to wait for.
-MAX_STEP_TOKENS = 2048
-MAX_RUNNING = 256
-# Logits of prompts whose log-probabilities are asked for: 256 MiB in float32, 512 rows of a vocabulary of 131,072.
-MAX_STEP_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +78,7 @@ class Engine:
         max_running: int = MAX_RUNNING,
         eviction: str = "lru",
         queue: str = "fcfs",
+        cold: ColdOptions | None = None,
     ) -> None:
         if queue not in QUEUES:
             raise ValueError(f"queue must be one of {', '.join(QUEUES)}, not {queue!r}")
@@ -91,6 +87,7 @@ class Engine:
         self.prompts = Prompts(checkpoint.tokenizer)
         self._runner = ModelRunner(checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens)
         self._fingerprint = checkpoint.fingerprint
+        self._cold = ColdCache(self._runner.pool, cold or ColdOptions())
         self.vocab_size = self._runner.vocab_size
         self.chunk_tokens = chunk_tokens
         pool_tokens = self._runner.pool.n_chunks * chunk_tokens
@@ -101,6 +98,7 @@ class Engine:
             self._runner,
             self.prompts,
             self._eos,
+            self._cold,
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             max_logit_rows=max(1, MAX_STEP_LOGITS // self.vocab_size),
@@ -121,23 +119,19 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        pool_bytes: int = 2 << 30,
-        chunk_tokens: int = 64,
-        eviction: str = "lru",
-        queue: str = "fcfs",
+        **options: Unpack[EngineOptions],
     ) -> Engine:
         """Load a folder in Hugging Face's form, or a hub name.
 
         device: "auto" or "cpu"; "cuda" is refused until there is a backend for it.
         dtype: "auto" (the checkpoint's own where it is computed natively), "float32", "bfloat16" or "float16".
-        pool_bytes: memory for keys and values. chunk_tokens: tokens per chunk, a power of two from 16 to 256.
-        eviction: what goes when the pool is full, by "lru", "lfu" or "pgdsf".
-        queue: which of a tenant's requests starts first, "fcfs" (the first to come) or "cache" (the most cached one).
-        Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other values.
+        options: see EngineOptions.
+        Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other values that are
+        none, TierError for a cold tier that cannot be used as asked.
         """
         checkpoint = load_checkpoint(path_or_name, device=_device(device), dtype=dtype)
         name = Path(path_or_name).name if Path(path_or_name).exists() else str(path_or_name)
-        return cls(checkpoint, name, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens, eviction=eviction, queue=queue)
+        return cls(checkpoint, name, **options)
 
     @classmethod
     def from_model(
@@ -146,11 +140,11 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         name: str = "model",
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> Engine:
         """Serve a model that is already in memory; its attention is switched to stemcache's.
 
-        `options` as in the constructor. Without a tokenizer only token ids are served. Raises ModelLoadError.
+        options: see EngineOptions. Without a tokenizer only token ids are served. Raises ModelLoadError.
         """
         require_served(model.config)
         attention.register()
@@ -237,6 +231,7 @@ class Engine:
             chunk_tokens=self._runner.layout.chunk_tokens,
             tenant=tenant,
             salt=cache_salt,
+            **self._cold.namespace_fields,
         )
 
     def generate(
@@ -281,6 +276,10 @@ class Engine:
     def require_alive(self) -> None:
         """Raise EngineClosedError unless the engine can take requests. Does not wait."""
         self._loop.require_alive()
+
+    def cold_stats(self) -> ColdStats:
+        """The tiers below the device. Does not wait for the engine; a disk tier's numbers are read from its file."""
+        return self._cold.stats()
 
     def check(self) -> None:
         """Prove that no slot, lease or chunk is lost. Raises InvariantError."""

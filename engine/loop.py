@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from stemcache.engine.cold import ColdCache
 from stemcache.engine.cost import CostSurface
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.errors import EngineClosedError, EngineError, GrammarError
@@ -43,6 +44,7 @@ class EngineLoop:
         runner: ModelRunner,
         prompts: Prompts,
         eos: frozenset[int],
+        cold: ColdCache,
         *,
         max_step_tokens: int,
         max_running: int,
@@ -54,9 +56,15 @@ class EngineLoop:
         self._prompts = prompts
         self._eos = eos
         pool = runner.pool
+        self.cold = cold
         self.cost = CostSurface()
-        policy = eviction_policy(eviction, pool.n_chunks, runner.layout.chunk_tokens, self.cost)
-        self.store = PrefixStore(pool.n_chunks, runner.layout.chunk_tokens, pool.copy_tokens, policy)
+        self.store = PrefixStore(
+            pool.n_chunks,
+            runner.layout.chunk_tokens,
+            pool.copy_tokens,
+            eviction_policy(eviction, pool.n_chunks, runner.layout.chunk_tokens, self.cost),
+            watcher=cold.spiller if cold.tiers else None,
+        )
         self.pins = Pins(self.store)
         self.scheduler = Scheduler(
             self.store,
@@ -64,10 +72,13 @@ class EngineLoop:
             max_running=max_running,
             max_logit_rows=max_logit_rows,
             cache_first=cache_first,
+            give_way=lambda: cold.restorer.give_way(),
         )
         self.forgetting = Forgetting(self.store, pool, self.scheduler, self.pins)
         self.generated_tokens = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        cold.attach(self.store, self._inbox.put)
+        self._awaits_chunks = False  # nothing can be computed until chunks arrive from a tier
         self._closing = False
         self._stopped = False
         self._death: BaseException | None = None
@@ -110,6 +121,7 @@ class EngineLoop:
         """End all requests and the thread; idempotent."""
         self._inbox.put(self._request_close)
         self._thread.join()
+        self.cold.close()
 
     def require_alive(self) -> None:
         """Raise EngineClosedError unless the thread runs."""
@@ -139,16 +151,25 @@ class EngineLoop:
             )
         self.pins.clear()
         self.forgetting.sweep()
+        self.cold.flush(self.store.chunks())
 
     def _read_inbox(self) -> None:
         """Do what others asked for; with nothing to compute, wait for it."""
         self.forgetting.sweep()
-        wishes = [self._inbox.get()] if self.scheduler.is_idle else []
+        wish = self._next_wish() if self.scheduler.is_idle or self._awaits_chunks else None
         self.pins.expire()  # an idle engine may have slept past the end of a pin
-        for wish in wishes:
+        self.cold.restorer.expire()
+        if wish is not None:
             wish()
         while not self._inbox.empty():
             self._inbox.get()()
+
+    def _next_wish(self) -> Callable[[], None] | None:
+        """Wait for one; None if the time of a load from a tier is over before there is any."""
+        try:
+            return self._inbox.get(timeout=self.cold.restorer.seconds_left)
+        except queue.Empty:
+            return None
 
     def _request_close(self) -> None:
         self._closing = True
@@ -183,14 +204,18 @@ class EngineLoop:
         request.stream.end(error)
 
     def _step(self) -> None:
+        self.cold.look_ahead(self.scheduler.waiting.in_turn())
         step = self.scheduler.schedule()
+        self._awaits_chunks = not step and self.cold.restorer.is_busy
+        if self._awaits_chunks:
+            return
         while not step and self.pins.give_way():
             step = self.scheduler.schedule()
         assert step, "requests wait, none runs and none can start"
         try:
             began = time.perf_counter()
             logits = self._runner.run(step)
-            self.cost.observe([(entry.start, entry.stop - entry.start) for entry in step], time.perf_counter() - began)
+            self._learn(step, time.perf_counter() - began)
             self._commit(step)
             self._score_prompts(step, logits)
             self._end_unanswered(step)
@@ -217,6 +242,11 @@ class EngineLoop:
         for sequence, result in results:
             if isinstance(result, Chosen) and sequence.request not in failed:
                 self._deliver(sequence, result)
+
+    def _learn(self, step: list[Scheduled], seconds: float) -> None:
+        """What a step took tells what computing costs."""
+        self.cost.observe([(entry.start, entry.stop - entry.start) for entry in step], seconds)
+        self.cold.computed(sum(entry.stop - entry.start for entry in step), seconds)
 
     def _commit(self, step: list[Scheduled]) -> None:
         """Publish what the step computed; only now may others find it."""

@@ -47,6 +47,7 @@ class Scheduler:
     max_logit_rows: rows of logits in one step, beside the last one of each sequence. Only prompts whose own tokens'
         log-probabilities are asked for have such rows; what does not fit comes in the next step.
     cache_first: within a tenant, start those first whose prompts are cached for the most part.
+    give_way: asked for slots before a sequence is preempted; True if some were given back.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Scheduler:
         max_running: int,
         max_logit_rows: int = 1 << 16,
         cache_first: bool = False,
+        give_way: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
         self._max_logit_rows = max_logit_rows
+        self._give_way = give_way
         self.waiting = WaitingQueue(self._cached_share if cache_first else None)
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -79,7 +82,7 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step. Empty only when there is nothing to do."""
+        """The next step. Empty only when there is nothing to do, or all that waits waits for chunks from a tier."""
         step: dict[Sequence, Scheduled] = {}
         decoding = [s for s in self.running if s.remaining == 1]
         prefilling = [s for s in self.running if s.remaining > 1]
@@ -105,6 +108,8 @@ class Scheduler:
             try:
                 sequence.lease.reserve(n_tokens)
             except CapacityError:
+                if self._give_way():
+                    continue
                 youngest = max(self.running, key=lambda s: s.order)
                 self.preempt(youngest)
                 step.pop(youngest, None)

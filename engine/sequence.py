@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One choice of a request."""
+    """One choice of a request. `looked_below`: its missing chunks were looked for in the tiers below the device."""
 
     request: Request
     index: int
@@ -69,6 +69,7 @@ class Sequence:
     computed: int = 0
     finish_reason: FinishReason | None = None
     overtaken: int = 0  # by how many that came later and started before it, while it waited
+    looked_below: bool = False
 
     @property
     def remaining(self) -> int:
@@ -97,4 +98,4 @@ class Sequence:
         """Give the slots back; full chunks stay cached, so taking up the sequence again is cheap."""
         if self.lease is not None:
             self.lease.release()
-        self.lease, self.computed = None, 0
+        self.lease, self.computed, self.looked_below = None, 0, False

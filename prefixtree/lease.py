@@ -153,6 +153,8 @@ class Lease:
         self._drop_claim()
         self._ledger.drop(self.private_slots)
         self._ledger.tree.touch(self._node, uses=int(used))
+        if self._ledger.watcher is not None:
+            self._ledger.watcher.released(self._node)
         self._ledger.tree.unpin(self._node)
         self.slots = []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from stemcache.prefixtree.accounts import Accounts
 from stemcache.prefixtree.claims import Claims
@@ -42,11 +43,32 @@ class Counters:
     deduplicated_chunks: int = 0
 
 
+class Watcher(Protocol):
+    """Who is told what happens to cached chunks: that is how they get to other tiers. Called on the store's thread."""
+
+    def published(self, node: Node) -> None:
+        """A chunk has joined the tree."""
+
+    def used(self, node: Node) -> None:
+        """The path down to `node` was found by an acquire."""
+
+    def released(self, node: Node) -> None:
+        """A lease on the path down to `node` has ended."""
+
+    def evicted(self, nodes: Sequence[Node]) -> None:
+        """Chunks have left the tree to make room, children before parents. Their slots hold them until this returns."""
+
+
 class Ledger:
     """The slots of one pool, the tree over the cached ones, and the claims on those to come."""
 
     def __init__(
-        self, n_chunks: int, chunk_tokens: int, copy_tokens: CopyTokens, policy: EvictionPolicy | None
+        self,
+        n_chunks: int,
+        chunk_tokens: int,
+        copy_tokens: CopyTokens,
+        policy: EvictionPolicy | None,
+        watcher: Watcher | None = None,
     ) -> None:
         self.slots = SlotAllocator(n_chunks)
         self.tree = PrefixTree(chunk_tokens, policy)
@@ -55,6 +77,7 @@ class Ledger:
         self.counters = Counters()
         self.accounts = Accounts()
         self.evicted = EvictedChunks()
+        self.watcher = watcher
         self._copy_tokens = copy_tokens
 
     def take(self, n: int, after: int | None) -> list[int]:
@@ -70,13 +93,16 @@ class Ledger:
                 raise CapacityError(
                     f"{n} chunks needed, {self.slots.n_free} free and {evictable} evictable of {self.slots.n_slots}"
                 )
-            self.evict(max(missing, self.slots.n_slots // EVICTION_SHARE))
+            evicted = self.tree.evict(max(missing, self.slots.n_slots // EVICTION_SHARE))
+            if self.watcher is not None:
+                self.watcher.evicted(evicted)
+            self._free_evicted(evicted)
         slots = self.slots.allocate(n, after)
         self.private.update(slots)
         return slots
 
     def evict(self, n: int) -> int:
-        """Free up to `n` cached chunks and return how many it were."""
+        """Free up to `n` cached chunks and return how many it were. Nobody is told: they are not wanted any more."""
         return self._free_evicted(self.tree.evict(n))
 
     def evict_namespace(self, namespace: Namespace) -> list[int]:
@@ -120,6 +146,8 @@ class Ledger:
         self.private.remove(slot)
         node = self.tree.insert(parent, key, slot)
         self.claims.published(node)
+        if self.watcher is not None:
+            self.watcher.published(node)
         return node
 
     def copy(self, source_slot: int, n_tokens: int, after: int | None) -> int:

@@ -34,6 +34,8 @@ class Node:
         root: the root of its namespace; a root's own is itself.
         n_chunks: for a root, the cached chunks of its namespace; 0 for others.
         uses, history, clock: the eviction policy's notes. `uses` ended here, or at children that are gone.
+        is_cold: whether it was handed to the cold tier, or came from a tier. Kept by whoever spills (engine/spill.py).
+        is_covered: whether a tier was handed an object that holds this chunk together with later ones. As above.
     """
 
     __slots__ = (
@@ -42,6 +44,8 @@ class Node:
         "clock",
         "depth",
         "history",
+        "is_cold",
+        "is_covered",
         "key",
         "leases",
         "n_chunks",
@@ -71,6 +75,8 @@ class Node:
         self.uses = 0
         self.history = 0.0
         self.clock = 0.0
+        self.is_cold = False
+        self.is_covered = False
         self._digest: bytes | None = key if parent is None else None
 
     @property

@@ -9,7 +9,7 @@ Not thread-safe: it belongs to the engine's thread. Pure Python over ints; the d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stemcache.prefixtree.errors import CapacityError, InvariantError
@@ -17,7 +17,7 @@ from stemcache.prefixtree.eviction import EvictionPolicy
 from stemcache.prefixtree.explain import Explanation, explain
 from stemcache.prefixtree.footprint import Footprint, Footprints
 from stemcache.prefixtree.lease import Lease
-from stemcache.prefixtree.ledger import CopyTokens, Ledger
+from stemcache.prefixtree.ledger import CopyTokens, Ledger, Watcher
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.snapshot import TreeSnapshot, take_snapshot
@@ -85,12 +85,18 @@ class PrefixStore:
         copy_tokens: called as `copy_tokens(source_slot, target_slot, n_tokens)`: copy the first n tokens' keys and
             values of all layers (`KVPool.copy_tokens`).
         policy: which chunk to evict first; LRU by default.
+        watcher: who is told of chunks that come and go.
     """
 
     def __init__(
-        self, n_chunks: int, chunk_tokens: int, copy_tokens: CopyTokens, policy: EvictionPolicy | None = None
+        self,
+        n_chunks: int,
+        chunk_tokens: int,
+        copy_tokens: CopyTokens,
+        policy: EvictionPolicy | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
-        self._ledger = Ledger(n_chunks, chunk_tokens, copy_tokens, policy)
+        self._ledger = Ledger(n_chunks, chunk_tokens, copy_tokens, policy, watcher)
         self._leases: set[Lease] = set()
 
     @property
@@ -117,6 +123,8 @@ class PrefixStore:
         self._ledger.counters.hit_tokens += lease.cached_tokens
         self._ledger.counters.miss_tokens += len(tokens) - lease.cached_tokens
         self._count(namespace, match.node, data, lease.cached_tokens)
+        if self._ledger.watcher is not None:
+            self._ledger.watcher.used(match.node)
         return lease
 
     def pin(self, tokens: Sequence[int], namespace: Namespace) -> Lease:
@@ -126,6 +134,11 @@ class PrefixStore:
         """
         match = self._ledger.tree.match(namespace, encode_tokens(tokens))
         return Lease(self._ledger, self._leases, match.node, [], match.full_tokens)
+
+    def has_room(self, n_chunks: int) -> bool:
+        """Return whether leases could reserve so many more chunks now. No side effects; O(leased chunks) at most."""
+        missing = n_chunks - self._ledger.slots.n_free
+        return missing <= 0 or self._ledger.tree.can_evict(missing)
 
     def awaited(self, tokens: Sequence[int], namespace: Namespace) -> bool:
         """Return whether a lease is computing the next full chunk of `tokens` (`Lease.claim`). No side effects.
@@ -186,6 +199,10 @@ class PrefixStore:
     def evict_namespace(self, namespace: Namespace) -> list[int]:
         """Evict every chunk of a namespace that no lease holds; return the slots, which are free now."""
         return self._ledger.evict_namespace(namespace)
+
+    def chunks(self) -> Iterator[Node]:
+        """Yield every cached chunk, parents before children. The store must not change meanwhile."""
+        return (node for node in self._ledger.tree.nodes() if node.parent is not None)
 
     def namespace_stats(self, namespace: Namespace) -> NamespaceStats:
         """Return a snapshot of one namespace. O(leased chunks)."""
