@@ -116,6 +116,29 @@ class PoolTier(Answer):
     bytes: PoolAmount
 
 
+class ColdAmount(Answer):
+    """None where the tier cannot tell."""
+
+    total: int | None
+    cached: int | None
+
+
+class ColdTier(Answer):
+    available: bool
+    objects: int | None
+    bytes: ColdAmount
+    hits: int
+    misses: dict[str, int]
+    stores: int
+    refusals: dict[str, int]
+    evictions: int
+    loaded_bytes: int
+    stored_bytes: int
+    load_seconds: float
+    restored_tokens: int
+    trouble: str | None
+
+
 class OwnTier(Answer):
     chunks: OwnChunks
     tokens: OwnAmount
@@ -151,7 +174,7 @@ class CacheStatistics(Answer):
     object: Literal["cache.stats"]
     chunk_tokens: int
     bytes_per_token: int
-    tiers: dict[str, PoolTier]
+    tiers: dict[str, PoolTier | ColdTier]
     tenant: TenantStatistics
 
 

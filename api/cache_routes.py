@@ -17,6 +17,7 @@ from stemcache.api import cache_answers as answers
 from stemcache.api.admission import Admission
 from stemcache.api.answers import documented
 from stemcache.api.cache_schemas import CacheQuery, PinPrompt, Prompt, TreeQuery
+from stemcache.api.cold_metrics import cold_answer
 from stemcache.api.disconnect import until_disconnect
 from stemcache.api.errors import NotFoundError
 from stemcache.api.explain import report
@@ -71,7 +72,9 @@ class CacheRoutes:
 
     async def stats(self, query: Salted, request: Request) -> Json:
         """What is cached, in the whole pool and of the caller, and what the caller's requests found and missed."""
-        return _stats(await asyncio.to_thread(self._cache.stats, **_owner(query.cache_salt)))
+        answer = _stats(await asyncio.to_thread(self._cache.stats, **_owner(query.cache_salt)))
+        answer["tiers"] |= cold_answer(await asyncio.to_thread(self._engine.cold_stats))
+        return answer
 
     async def tree(self, query: Annotated[TreeQuery, Query()], request: Request) -> Json:
         """The caller's prefix tree, level by level and latest first. Unbranched chains of chunks are one node."""

@@ -1,4 +1,4 @@
-"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree`, `documents` and `simulate`.
+"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree`, `documents`, `cache` and `simulate`.
 
 Invariant: a user's mistake ends in one sentence on stderr and exit status 2, never in a traceback. Commands are
 imported when they run, so that `--help` does not wait for torch.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stemcache._version import __version__
+from stemcache.api.cold_options import add_cold_options
 from stemcache.api.sizes import parse_size
 from stemcache.prefixtree.errors import StemcacheError
 
@@ -57,6 +58,10 @@ def _run(options: argparse.Namespace) -> int:
             from stemcache.api.document_commands import documents
 
             return documents(options)
+        case "cache":
+            from stemcache.api.cold_commands import run
+
+            return run(options)
         case _:
             from stemcache.api.demo import demo
 
@@ -76,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
 
     _add_server_options(serve)
+    add_cold_options(serve)
     serve.add_argument(
         "--show-cache-text", action="store_true", help="let GET /v1/cache/tree?text=true show what is cached"
     )
@@ -94,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache_commands(commands)
     _add_simulate(commands)
     _add_document_commands(commands)
+    _add_cold_commands(commands)
     return parser
 
 
@@ -202,6 +209,25 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     made.add_argument("--requests", type=_positive, default=6_000, help="default: %(default)s")
     made.add_argument("--documents", type=_positive, default=20_000, help="default: %(default)s")
     made.add_argument("--seeds", type=_positive, nargs="+", default=[7], help="a run for each (default: 7)")
+def _add_cold_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    cache = commands.add_parser("cache", help="look after a cold tier: ls, stats, verify, clear")
+    actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
+    what = {
+        "ls": "list what is stored, by namespace (a model, a tenant and a salt of theirs)",
+        "stats": "whether the tier answers, and what it holds",
+        "verify": "read everything and check it",
+        "clear": "delete everything of stemcache, or of one namespace",
+    }
+    for name, text in what.items():
+        action = actions.add_parser(name, help=text)
+        action.add_argument(
+            "--cold", default="disk", metavar="disk|URL", help="the tier, as `serve` takes it (default: %(default)s)"
+        )
+        if name == "verify":
+            action.add_argument("--delete", action="store_true", help="delete what is damaged")
+        if name == "clear":
+            action.add_argument("--namespace", metavar="HEX", help="one of those that `ls` shows")
+            action.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

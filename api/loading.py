@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from stemcache.engine.cold import ColdOptions
     from stemcache.engine.engine import Engine
 
 
 _log = logging.getLogger(__name__)
 
 
-def load_engine(options: argparse.Namespace) -> Engine:
-    """The engine of the command line's model options. Raises StemcacheError."""
+def load_engine(options: argparse.Namespace, cold: Callable[[], ColdOptions] | None = None) -> Engine:
+    """The engine of the command line's model options. Raises StemcacheError.
+
+    cold: what lies below the device; asked once torch is loaded.
+    """
     console = Console(stderr=True, highlight=False)
     start = time.monotonic()
     with console.status("loading torch and transformers ..."):  # shows nothing where stderr is no terminal
@@ -37,6 +42,7 @@ def load_engine(options: argparse.Namespace) -> Engine:
             chunk_tokens=options.chunk_tokens,
             eviction=options.eviction,
             queue=options.queue,
+            cold=None if cold is None else cold(),
         )
     _log.info("loaded %s in %.1f s", engine.model_name, time.monotonic() - start)
     return engine

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from stemcache.api.cold_metrics import cold_metrics
 from stemcache.api.context import Outcome
 from stemcache.engine.timing import Timing
 
@@ -124,3 +125,4 @@ class EngineCollector(Collector):
         pool.add_metric(["cached"], now.pool.cached_chunks)
         pool.add_metric(["private"], now.pool.private_chunks)
         yield pool
+        yield from cold_metrics(self._engine.cold_stats())

@@ -16,6 +16,7 @@ from typing import NoReturn
 import uvicorn
 
 from stemcache.api import logs
+from stemcache.api.cold_options import cold_from, tenant_secret
 from stemcache.api.document_service import open_documents
 from stemcache.api.drain import Drain
 from stemcache.api.draining_server import DrainingServer
@@ -45,7 +46,11 @@ def serve(options: argparse.Namespace) -> int:
     keyring = _keyring(options, settings)
     # Bound before the model is loaded, so that a taken port is known at once; not listening before it is, so that
     # a client is refused rather than kept waiting.
-    with _bind(options.host, options.port) as listener, load_engine(options) as engine, ExitStack() as stack:
+    with (
+        _bind(options.host, options.port) as listener,
+        load_engine(options, lambda: cold_from(options, settings)) as engine,
+        ExitStack() as stack,
+    ):
         host, port = listener.getsockname()[:2]
         if keyring is None and not ipaddress.ip_address(host).is_loopback:
             _log.warning("listening on %s without API keys: whoever can reach it can use it; see --api-keys", host)
@@ -55,7 +60,7 @@ def serve(options: argparse.Namespace) -> int:
         app = create_app(
             engine,
             keyring=keyring,
-            secret=settings.secret,
+            secret=tenant_secret(options, settings, has_keys=keyring is not None),
             limits=limits_from(options),
             drain=drain,
             spans=exported_spans(engine.model_name) if settings.traces_endpoint else None,

@@ -22,6 +22,9 @@ class Settings:
         no other process finds this one's chunks.
     embeddings_api_key: STEMCACHE_EMBEDDINGS_API_KEY, for the endpoint of `--embedder`.
     traces_endpoint: OTEL_EXPORTER_OTLP_ENDPOINT.
+    has_secret: whether the secret was given, and will be the same at the next start.
+    cold_password: STEMCACHE_COLD_PASSWORD, of the Redis server that `--cold` names.
+    cache_home: XDG_CACHE_HOME.
     """
 
     api_keys_file: Path | None
@@ -29,6 +32,9 @@ class Settings:
     secret: bytes
     embeddings_api_key: str | None
     traces_endpoint: str | None
+    has_secret: bool = False
+    cold_password: str | None = None
+    cache_home: Path | None = None
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -43,6 +49,9 @@ class Settings:
             secret=secret or secrets.token_bytes(32),
             embeddings_api_key=environ.get("STEMCACHE_EMBEDDINGS_API_KEY") or None,
             traces_endpoint=environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
+            has_secret=bool(secret),
+            cold_password=environ.get("STEMCACHE_COLD_PASSWORD") or None,
+            cache_home=Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else None,
         )
 
 

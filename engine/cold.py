@@ -16,6 +16,7 @@ from stemcache.engine.sequence import Sequence
 from stemcache.engine.spill import ColdPolicy, Spiller
 from stemcache.prefixtree.chunk_frames import group_chunks
 from stemcache.prefixtree.codecs.registry import get_codec
+from stemcache.prefixtree.errors import TierError
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.pool import KVPool
@@ -71,9 +72,12 @@ class ColdCache:
     """Made by the engine; `attach` ties it to the store. Methods are for the engine's thread unless they say more."""
 
     def __init__(self, pool: KVPool, options: ColdOptions) -> None:
-        """Raises TierError for an address or a folder that cannot be used, ValueError for an unknown codec."""
+        """Raises TierError for an address, a folder or a codec that cannot be used."""
         self._pool, self._options = pool, options
-        self.codec = get_codec(options.codec)
+        try:
+            self.codec = get_codec(options.codec)
+        except ValueError as error:
+            raise TierError(str(error)) from None
         self.group = group_chunks(pool.layout.bytes_per_chunk)
         self.cold: Tier | None = None
         if options.cold != "off":

@@ -78,7 +78,7 @@ def test_the_environments_part(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("from-file\n")
     assert Settings.read({"STEMCACHE_SECRET_FILE": str(tmp_path / "secret")}).secret == b"from-file"
     given = Settings.read({"STEMCACHE_SECRET": "direct", "STEMCACHE_API_KEY": ALICE, "STEMCACHE_API_KEYS_FILE": "k"})
-    assert given == Settings(Path("k"), ALICE, b"direct", None, None)
+    assert given == Settings(Path("k"), ALICE, b"direct", None, None, has_secret=True)
     assert Settings.read({}).secret != Settings.read({}).secret
     with pytest.raises(OSError, match="nowhere"):
         Settings.read({"STEMCACHE_SECRET_FILE": str(tmp_path / "nowhere")})
