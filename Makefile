@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu
+.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -58,6 +58,9 @@ fuzz: $(READY)  ## throw bytes at what reads stored frames, guided by coverage, 
 
 soak: $(READY)  ## 1,000 requests, a third of which go away midway, against a real server
 	@$(BIN)/python benchmarks/soak.py
+
+soak-tiers: $(READY)  ## ten minutes of questions while the Redis server behind them is killed, hung and corrupted
+	@$(BIN)/python benchmarks/soak_tiers.py
 
 bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
 	@for name in attention tree ttft decode answers; do $(BIN)/python benchmarks/$$name.py || exit 1; done

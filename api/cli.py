@@ -209,6 +209,8 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     made.add_argument("--requests", type=_positive, default=6_000, help="default: %(default)s")
     made.add_argument("--documents", type=_positive, default=20_000, help="default: %(default)s")
     made.add_argument("--seeds", type=_positive, nargs="+", default=[7], help="a run for each (default: 7)")
+
+
 def _add_cold_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     cache = commands.add_parser("cache", help="look after a cold tier: ls, stats, verify, clear")
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
