@@ -7,7 +7,8 @@ loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stemcache.engine.forget import Forgotten
@@ -102,10 +103,14 @@ class Cache:
     def forget(self, footprints: Iterable[Footprint]) -> Forgotten:
         """Remove all that was computed from the marked tokens, in use or not, and overwrite it.
 
-        Requests that use it start over, out of everybody else's sight, and answer the same. Pins on it end.
+        Requests that use it start over, out of everybody else's sight, and answer the same. Pins on it end. Tiers below
+        the device lose all that they hold of the namespaces: their objects have keys that only whole prompts lead to.
         """
         wanted = list(footprints)
-        return self._loop.call(lambda: self._loop.forgetting.forget(wanted)) if wanted else Forgotten()
+        if not wanted:
+            return Forgotten()
+        with self._forgetting_below([Namespace(digest) for digest in {each.namespace for each in wanted}]):
+            return self._loop.call(lambda: self._loop.forgetting.forget(wanted))
 
     def held(self, footprints: Iterable[Footprint]) -> set[Footprint]:
         """Those of the footprints that mark something: cached, or of a request that runs or waits."""
@@ -118,18 +123,31 @@ class Cache:
         Returns how many left the device.
         """
         namespace = self._namespace(tenant, cache_salt)
+        with self._forgetting_below([namespace]):
+            return self._loop.call(lambda: self._loop.store.clear(namespace))
+
+    @contextmanager
+    def _forgetting_below(self, namespaces: Sequence[Namespace]) -> Iterator[None]:
+        """Delete what the tiers have of some namespaces, after the block has cleared the device of it."""
         cold = self._loop.cold
 
-        def clear() -> int:
-            cold.restorer.block(namespace)  # or what is loaded now would be back in a moment
-            return self._loop.store.clear(namespace)
+        def block() -> None:
+            for namespace in namespaces:
+                cold.restorer.block(namespace)  # or what is loaded now would be back in a moment
 
-        cleared = self._loop.call(clear)
+        def unblock() -> None:
+            for namespace in namespaces:
+                cold.restorer.unblock(namespace)
+                for node in self._loop.store.chunks(namespace):
+                    node.is_cold = node.is_covered = False  # what is left goes to the tiers again, in its time
+
+        self._loop.call(block)
         try:
-            cold.forget_namespace(namespace)
+            yield
+            for namespace in namespaces:
+                cold.forget_namespace(namespace)
         finally:
-            self._loop.call(lambda: cold.restorer.unblock(namespace))
-        return cleared
+            self._loop.call(unblock)
 
     def require_pin_room(self, prompt: Sequence[int], *, tenant: bytes = b"", cache_salt: bytes = b"") -> None:
         """Raise InvalidRequestError unless the prompt may be pinned: to be asked before computing it for a pin."""

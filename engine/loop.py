@@ -75,6 +75,7 @@ class EngineLoop:
             give_way=lambda: cold.restorer.give_way(),
         )
         self.forgetting = Forgetting(self.store, pool, self.scheduler, self.pins)
+        cold.spiller.keeps_out = self.forgetting.is_isolated
         self.generated_tokens = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         cold.attach(self.store, self._inbox.put)

@@ -92,6 +92,7 @@ class Spiller:
         self.failures = 0
         self.pending_bytes = 0
         self.restoring = False  # what is published now came from a tier
+        self.keeps_out: Callable[[Namespace], bool] = lambda namespace: False  # whose chunks must not be copied
         self._unwritten: deque[Node] = deque()
         self._touched: OrderedDict[bytes, float] = OrderedDict()
         self._changed = threading.Condition()
@@ -213,7 +214,9 @@ class Spiller:
             node.is_cold = self._copy_out(node, to_host=False)
 
     def _copy_out(self, node: Node, *, to_host: bool) -> bool:
-        """Queue the object that `node` names, copied out of the pool; False if there is no room."""
+        """Queue the object that `node` names, copied out of the pool; False if there is no room, or it must not be."""
+        if self.keeps_out(Namespace(node.root.key)):
+            return False
         if self.pending_bytes >= self._max_pending_bytes:
             self.dropped += 1
             return False

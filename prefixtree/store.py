@@ -200,9 +200,13 @@ class PrefixStore:
         """Evict every chunk of a namespace that no lease holds; return the slots, which are free now."""
         return self._ledger.evict_namespace(namespace)
 
-    def chunks(self) -> Iterator[Node]:
-        """Yield every cached chunk, parents before children. The store must not change meanwhile."""
-        return (node for node in self._ledger.tree.nodes() if node.parent is not None)
+    def chunks(self, namespace: Namespace | None = None) -> Iterator[Node]:
+        """Yield every cached chunk, of one namespace or of all, parents before children.
+
+        The store must not change meanwhile.
+        """
+        nodes = self._ledger.tree.nodes() if namespace is None else self._ledger.tree.newest_first(namespace)
+        return (node for node in nodes if node.parent is not None)
 
     def namespace_stats(self, namespace: Namespace) -> NamespaceStats:
         """Return a snapshot of one namespace. O(leased chunks)."""

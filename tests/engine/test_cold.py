@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from stemcache.prefixtree.frame import FrameHeader, pack, unpack
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.tiers.disk import DiskTier
 from stemcache.prefixtree.tiers.open import open_tier
+from stemcache.prefixtree.tiers.tier import Miss
+from stemcache.prefixtree.tokens import decode_tokens
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0)
 needs_redis = pytest.mark.skipif(not installed_servers(), reason="neither redis-server nor valkey-server is installed")
@@ -281,6 +284,45 @@ def test_clearing_reaches_every_tier_and_what_is_under_way(make, address, answer
         assert not list(tier.scan(own))
     assert list(engine._loop.cold.tiers[-1].scan(theirs))
     (completion,) = engine.generate([PROMPTS[0]], GREEDY)
+    assert completion.usage.cached_tokens == 0
+    assert Answered(completion) == answers[0]
+
+
+def stored_tokens(engine: Engine, namespace: Namespace) -> list[list[int]]:
+    """The tokens of all objects that the tiers hold of a namespace, read from the objects themselves."""
+    found = []
+    for tier in engine._loop.cold.tiers:
+        for key, _ in tier.scan(namespace.digest):
+            (value,) = tier.load([key], time.monotonic() + 10)
+            assert not isinstance(value, Miss)
+            found.append(decode_tokens(unpack(value, key[-32:]).header.tokens))
+    return found
+
+
+def test_what_is_forgotten_is_in_no_tier_and_does_not_come_back(make, address, answers) -> None:
+    """Also while a request computes with it, which starts over out of sight: its chunks are copied nowhere."""
+    engine = make(address, host_bytes=8 << 20, pool_bytes=3 << 20)
+    assert run(engine) == answers
+    written(engine)
+    prompt, own, theirs = PROMPTS[0], engine.namespace(), engine.namespace(b"other")
+    list(engine.submit(prompt, GREEDY, tenant=b"other"))
+    start, stop = 60, len(prompt) - 20  # all of the documents
+    marked = set(pairwise(prompt[start:stop]))
+    assert any(marked & set(pairwise(tokens)) for tokens in stored_tokens(engine, own))
+    running = engine.submit(prompt, replace(GREEDY, max_tokens=40))
+    next(iter(running))
+    engine.cache.forget([engine.cache.footprint(each, start, stop) for each in PROMPTS])
+    tokens = [token for delta in running for token in delta.token_ids]
+    assert tuple(tokens[:5]) == tuple(answers[0][1:6])
+    written(engine)
+    assert stored_tokens(engine, own) == []
+    assert stored_tokens(engine, theirs)
+    engine.check()  # which the engine does after it has emptied the request's own namespace
+    for node in engine._loop.store.chunks():
+        assert node.root.key in (own.digest, theirs.digest)
+    engine.close()
+    again = make(address)
+    (completion,) = again.generate([prompt], GREEDY)
     assert completion.usage.cached_tokens == 0
     assert Answered(completion) == answers[0]
 
