@@ -26,6 +26,8 @@ SINK_TOKENS: Final = 4
 class Codec(Protocol):
     """One way to encode a chunk, a host tensor `[layers, 2, kv_heads, chunk_tokens, head_dim]`.
 
+    Keeps no state between calls, so several threads may share one.
+
     Attributes:
         name: as users write it, and as frames and namespaces carry it. Another format needs another name.
         is_exact: whether decoding gives the very bits.

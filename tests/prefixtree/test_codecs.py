@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -344,6 +345,16 @@ def test_the_bits_of_the_real_shape() -> None:
     layout = KVLayout(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16")
     names = ("raw", "int8", "fp8_e4m3", "fp8_e5m2", "q4", "kivi4", "kivi2")
     assert [get_codec(name).bits_per_value(layout) for name in names] == [16, 8.25, 8.25, 8.25, 4.5, 5, 3]
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_threads_may_share_a_codec(name: str) -> None:
+    layout, codec = LAYOUTS["small"], get_codec(name)
+    chunks = [random_chunk(layout, seed) for seed in range(16)]
+    alone = [codec.decode(codec.encode(chunk), layout) for chunk in chunks]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda chunk: codec.decode(codec.encode(chunk), layout), chunks))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_each_level_of_cachegen_refines_the_one_before() -> None:
