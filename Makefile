@@ -24,8 +24,10 @@ $(READY): pyproject.toml Makefile
 demo: $(READY)  ## serve the demo model and ask it 40 questions over HTTP
 	@$(BIN)/stemcache demo
 
+# Two at a time, a thread each: most of them wait for a process of their own now and then.
+WORKERS ?= 2
 test: $(READY)  ## run the tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(READY)  ## lint, formatting, types, import directions
 	@$(BIN)/ruff check .

@@ -212,7 +212,7 @@ def test_what_a_small_device_evicts_is_found_again(make, tmp_path, checkpoint, p
     asked += rng.sample(asked, 4)
     plain = make()
     expected = [run(plain, [prompt])[0] for prompt in asked]
-    engine = make(f"disk://{tmp_path}", pool_bytes=3 << 20, policy=policy, **options)
+    engine = make(f"disk://{tmp_path}", pool_bytes=2 << 20, policy=policy, **options)
     for begin in range(0, len(asked), 4):
         assert run(engine, asked[begin : begin + 4]) == expected[begin : begin + 4]
         written(engine)
