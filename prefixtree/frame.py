@@ -9,8 +9,8 @@ size explains.
     seal       16 bytes, over preamble and header
     sections   level by level and, within a level, chunk by chunk; only a progressive codec has more than one level
 
-A seal is XXH3-128 over digest, place and data, so that neither another chunk's bytes nor another section's pass for
-these (RocksDB calls that a context-aware checksum). With a secret it is HMAC-SHA-256, cut to 16 bytes: a checksum stops
+A seal is XXH3-128 over digest and data, so that another chunk's bytes, intact as they are, do not pass for this one's
+(RocksDB calls that a context-aware checksum). With a secret it is HMAC-SHA-256, cut to 16 bytes: a checksum stops
 accidents, not people. Each section has its own, so that the first levels can be trusted without reading the others.
 """
 
@@ -63,13 +63,13 @@ def pack(header: FrameHeader, levels: Sequence[Sequence[Buffer]], *, secret: byt
         )
     digest, key = header.digest, _key(secret)
     sections = [section for level in levels for section in level]
-    seals = [_seal(key, digest, place, section) for place, section in enumerate(sections, 1)]
+    seals = [_seal(key, digest, section) for section in sections]
     text = write_header(header, [memoryview(section).nbytes for section in sections], seals)
     if len(text) > _MAX_HEADER:
         raise ValueError(f"the header would have {len(text)} bytes, at most {_MAX_HEADER} are allowed")
     flags = 0 if secret is None else _SEALED_BY_SECRET
     head = _PREAMBLE.pack(_MAGIC, VERSION, flags, len(text), digest) + text
-    return b"".join([head, _seal(key, digest, 0, head), *sections])
+    return b"".join([head, _seal(key, digest, head), *sections])
 
 
 def unpack(
@@ -99,12 +99,10 @@ def unpack(
     contents, start = _open(view, digest, key)
     _expect(contents.header, codec, layout, namespace)
     levels = _sections(view[start:], contents.sizes, contents.header.n_chunks, allow_fewer_levels)
-    place = 0
-    for level in levels:
-        for section in level:
-            if not hmac.compare_digest(_seal(key, digest, place + 1, section), contents.seals[place]):
-                raise FrameError("checksum", f"section {place} is damaged")
-            place += 1
+    sections = [section for level in levels for section in level]
+    for i, section in enumerate(sections):  # the seals of levels that are not there are left over
+        if not hmac.compare_digest(_seal(key, digest, section), contents.seals[i]):
+            raise FrameError("checksum", f"section {i} is damaged")
     return Frame(contents.header, levels)
 
 
@@ -128,7 +126,7 @@ def _open(view: memoryview, digest: bytes, key: bytes | None) -> tuple[Contents,
     """Check and read all that stands before the sections. Return it, and where they begin."""
     size = _head_size(view, digest, key is not None)
     head, seal = view[:size], view[size : size + SEAL_BYTES]
-    if not hmac.compare_digest(_seal(key, digest, 0, head), seal):
+    if not hmac.compare_digest(_seal(key, digest, head), seal):
         raise FrameError("checksum", "the header is damaged, or sealed with another secret")
     return read_header(head[_PREAMBLE.size :], digest), size + SEAL_BYTES
 
@@ -199,13 +197,12 @@ def _key(secret: bytes | None) -> bytes | None:
     return hmac.digest(secret, b"stemcache.frame.v1", "sha256")
 
 
-def _seal(key: bytes | None, digest: bytes, place: int, data: Buffer) -> bytes:
-    """16 bytes over digest, place (0 for the header, then the sections) and data."""
-    context = digest + place.to_bytes(4, "big")
+def _seal(key: bytes | None, digest: bytes, data: Buffer) -> bytes:
+    """16 bytes over digest and data."""
     if key is None:
-        check = xxhash.xxh3_128(context)
+        check = xxhash.xxh3_128(digest)
         check.update(data)
         return check.digest()
-    mac = hmac.new(key, context, hashlib.sha256)
+    mac = hmac.new(key, digest, hashlib.sha256)
     mac.update(data)
     return mac.digest()[:SEAL_BYTES]

@@ -43,7 +43,7 @@ def as_a_header(data: atheris.FuzzedDataProvider, i: int) -> bytes:
     text = bytes(data.ConsumeBytes(sys.maxsize))
     digest = HEADERS[i].digest
     head = FRAMES[i][:10] + len(text).to_bytes(4, "big") + digest + text
-    return head + frame_module._seal(None, digest, 0, head)
+    return head + frame_module._seal(None, digest, head)
 
 
 def as_sections(data: atheris.FuzzedDataProvider, i: int) -> bytes:

@@ -134,8 +134,21 @@ def test_another_chunks_frame_is_refused() -> None:
     assert reason_of(FRAME[:PREAMBLE_BYTES] + swapped[PREAMBLE_BYTES:]) == "checksum"
 
 
-def test_equal_sections_in_another_place_are_refused() -> None:
-    """Seals know their place: two sections of one size that change places are found out."""
+def seals_of(data: bytes) -> bytes:
+    size = int.from_bytes(data[10:14], "big")
+    seals: bytes = msgpack.unpackb(data[PREAMBLE_BYTES : PREAMBLE_BYTES + size])["seals"]
+    return seals
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_seals_are_of_one_chunk_only(secret: bytes | None) -> None:
+    """Equal bytes have another seal as another chunk's, and under another secret."""
+    here, there = (pack(header_of(1, first), [[b"the same"]], secret=secret) for first in (1, 2))
+    assert seals_of(here) != seals_of(there)
+    assert seals_of(here) != seals_of(pack(header_of(1, 1), [[b"the same"]], secret=b"another"))
+
+
+def test_sections_that_change_places_are_refused() -> None:
     data = pack(header_of(2), [[b"aaaa", b"bbbb"]])
     assert data.endswith(b"aaaabbbb")
     assert reason_of(data[:-8] + b"bbbbaaaa", header_of(2).digest) == "checksum"
@@ -213,7 +226,7 @@ def forge(change: Callable[[dict[str, object]], object], text: bytes | None = No
         change(fields)
         text = msgpack.packb(fields)
     head = FRAME[:10] + len(text).to_bytes(4, "big") + HEADER.digest + text
-    seal = frame_module._seal(None, HEADER.digest, 0, head)
+    seal = frame_module._seal(None, HEADER.digest, head)
     return head + seal + FRAME[PREAMBLE_BYTES + size + 16 :]
 
 
