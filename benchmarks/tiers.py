@@ -3,8 +3,7 @@
     python benchmarks/tiers.py
 
 The whole path of a store is pool -> chunk -> frame -> tier, that of a load tier -> checked frame -> chunk -> pool. Raw
-is the same number of bytes through redis-py with hiredis, or read from a file in the page cache. One connection, one
-thread.
+is the same number of bytes through redis-py with hiredis, or a file in the page cache. One connection, one thread.
 
 Break-even: the time to the first token of prompts on a random model of SmolLM2-135M's shape, computed, and loaded from
 the tier by the engine as it is.

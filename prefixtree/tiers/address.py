@@ -25,12 +25,10 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelManagedConnection, SentinelManagedSSLConnection
 
 from stemcache.prefixtree.errors import TierError
+from stemcache.prefixtree.tiers.blobs import READ_BYTES, BlobParser, blob_packer
 from stemcache.prefixtree.tiers.deadline import Deadline, TimedSocket
 
 SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
-
-# redis-py reads 32 KiB at a time by default; values are megabytes.
-_READ_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,8 @@ class RedisAddress:
             "password": self.password,
             "protocol": 2,  # servers before 6 have no other, and for blobs the third brings nothing
             "socket_timeout": seconds,
-            "socket_read_size": _READ_BYTES,
+            "socket_read_size": READ_BYTES,
+            "parser_class": BlobParser,
         }
         if self.scheme == "unix":
             return _single(deadline, UnixDomainSocketConnection, path=self.path, db=self.db, **common)
@@ -127,11 +126,14 @@ def _single(deadline: Deadline, connection: type[Any], **options: Any) -> Redis:
 
 
 def _timed(connection: type[Any], deadline: Deadline) -> type[Any]:
-    """A class of connections whose sockets obey `deadline`."""
+    """A class of connections whose sockets obey `deadline`, and which copy large values no more than they must."""
 
     class Timed(connection):  # type: ignore[misc]
         def _connect(self) -> TimedSocket:
             return TimedSocket(super()._connect(), deadline)
+
+        def _construct_command_packer(self, packer: Any) -> Any:
+            return blob_packer(self)
 
     return Timed
 

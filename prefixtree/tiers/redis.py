@@ -155,7 +155,7 @@ class RedisTier:
 
     def _load(self, name: bytes, deadline: float) -> Value | Miss:
         ttl, begin = self._address.ttl_seconds, time.monotonic()
-        value: bytes | Miss | None = self._call(
+        value: bytes | bytearray | Miss | None = self._call(
             lambda client: client.get(name) if ttl is None else client.getex(name, ex=ttl), deadline
         )
         if value is None:
@@ -171,7 +171,7 @@ class RedisTier:
             return Refusal.TOO_LARGE
         if time.monotonic() < self._full_until:
             return Refusal.FULL
-        data = value if isinstance(value, bytes) else bytes(value)
+        data = memoryview(value)
         try:
             missed = self._call(lambda client: client.set(name, data, ex=self._address.ttl_seconds), deadline)
         except OutOfMemoryError:
