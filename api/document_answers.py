@@ -21,7 +21,6 @@ class DocumentEntry(Answer):
     created_at: float
     updated_at: float
     expires_at: float | None
-    pinned: bool
 
 
 class ChangedDocument(DocumentEntry):

@@ -148,7 +148,6 @@ def _entry(record: Record) -> Json:
         "created_at": record.created_at,
         "updated_at": record.updated_at,
         "expires_at": document.expires_at,
-        "pinned": document.pinned,
     }
 
 

@@ -1,19 +1,15 @@
-"""The catalogue: documents, their passages and vectors, and where their keys and values may lie, in one SQLite file.
+"""The catalogue: documents, their passages and vectors.
 
-Invariant: the file is the truth; what is kept in memory or beside it (the vector index) is made from it. One process
-has it open. Every change is one transaction, so a crash leaves the state before or after it. A document that is
-deleted or changed leaves its footprints in `doomed` until somebody confirms that what they mark is gone; a crash in
-between is made good at the next start.
+Invariant: the file is the truth; what is kept in memory or beside it (the vector index) is made from it. Content that
+is deleted or changed dooms its footprints in the same transaction.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,30 +17,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from stemcache.prefixtree.footprint import Footprint
+from stemcache.ragcache.database import Database
 from stemcache.ragcache.documents import Document, Passage, Record, Scalar, Status, content_hash
-from stemcache.ragcache.errors import CatalogueError, DocumentNotFoundError
+from stemcache.ragcache.errors import DocumentNotFoundError
+from stemcache.ragcache.trail import Trail
 
 Vectors = NDArray[np.float32]
 Filter = Mapping[str, Scalar | Sequence[Scalar]]
-
-_FORMAT: Final = 1
-_SCHEMA: Final = """
-CREATE TABLE settings(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE documents(
-    owner TEXT, id TEXT, title TEXT, text TEXT, metadata TEXT, hash TEXT, version INT,
-    created_at REAL, updated_at REAL, expires_at REAL, pinned INT, PRIMARY KEY(owner, id)) WITHOUT ROWID;
-CREATE INDEX by_expiry ON documents(expires_at) WHERE expires_at IS NOT NULL;
-CREATE TABLE passages(
-    key INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT, document_id TEXT, position INT, text TEXT, hash TEXT,
-    vector BLOB, FOREIGN KEY(owner, document_id) REFERENCES documents(owner, id) ON DELETE CASCADE);
-CREATE INDEX by_document ON passages(owner, document_id, position);
-CREATE INDEX by_hash ON passages(owner, hash);
-CREATE TABLE footprints(
-    owner TEXT, document_id TEXT, namespace BLOB, parent BLOB, depth INT, head BLOB, noted_at REAL,
-    PRIMARY KEY(owner, document_id, namespace, parent, head)) WITHOUT ROWID;
-CREATE TABLE doomed(id INTEGER PRIMARY KEY AUTOINCREMENT, namespace BLOB, parent BLOB, depth INT, head BLOB);
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,53 +40,23 @@ class Catalogue:
     """Documents of any number of owners; nothing of one is ever told to another. From any thread.
 
     path: None keeps everything in memory. clock: seconds since 1970.
-    Raises CatalogueError.
+    Raises CatalogueError, as all methods do.
     """
 
     def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
-        self._path = path
+        self.database = Database(path)
+        self.trail = Trail(self.database, clock)
         self._clock = clock
-        self._lock = threading.RLock()
-        try:
-            self._db = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None, timeout=2)
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            self._db.execute("PRAGMA secure_delete = ON")  # deleted text is overwritten
-        except sqlite3.Error as error:
-            raise CatalogueError(self._problem(error)) from error
-        with self._transaction():
-            if not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in _SCHEMA.split(";"):
-                    self._db.execute(statement)
-                self.set("format", _FORMAT)
-            elif self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'doomed'").fetchone() is None:
-                raise CatalogueError(f"{path} is a SQLite file, but no catalogue of stemcache: name another one")
-            elif self.get_setting("format") != _FORMAT:
-                raise CatalogueError(f"{path} was written by another version of stemcache: add the documents anew")
+        self._reading, self._transaction = self.database.reading, self.database.transaction
 
     def close(self) -> None:
         """Idempotent."""
-        with self._lock:
-            self._db.close()
-
-    # -- settings ------------------------------------------------------------------------------------------------------
-
-    def get_setting(self, name: str) -> Any:
-        """None if it was never set."""
-        with self._reading() as db:
-            row = db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
-        return None if row is None else row[0]
-
-    def set(self, name: str, value: str | int) -> None:
-        with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+        self.database.close()
 
     @property
     def generation(self) -> int:
         """Changes with every change of any passage."""
-        return int(self.get_setting("generation") or 0)
+        return int(self.database.get_setting("generation") or 0)
 
     # -- documents -----------------------------------------------------------------------------------------------------
 
@@ -221,64 +170,16 @@ class Catalogue:
         )
         values: list[Any] = [owner]
         for name, wanted in where.items():
-            options = [wanted] if isinstance(wanted, str | int | float | bool) else list(wanted)
-            path = f"$.{json.dumps(name)}"
-            # SQLite's JSON has true as 1: the type is compared too, but numbers are numbers, 1 as well as 1.0.
             tests = []
-            for option in options:
-                kinds = ("true", "false") if isinstance(option, bool) else ("text",)
-                if isinstance(option, int | float) and not isinstance(option, bool):
-                    kinds = ("integer", "real")
-                marks = ", ".join("?" for _ in kinds)
-                tests.append(f"(json_extract(metadata, ?) = ? AND json_type(metadata, ?) IN ({marks}))")
-                values += [path, option, path, *kinds]
-            query += f" AND ({' OR '.join(tests) or '0'})"
+            for option in [wanted] if isinstance(wanted, str | int | float | bool) else wanted:
+                kinds = _KINDS[type(option)]
+                tests.append(f"(j.key = ? AND j.value = ? AND j.type IN ({', '.join('?' for _ in kinds)}))")
+                values += [name, option, *kinds]
+            query += f" AND EXISTS (SELECT 1 FROM json_each(d.metadata) j WHERE {' OR '.join(tests) or '0'})"
         with self._reading() as db:
             return [row[0] for row in db.execute(query, values)]
 
-    # -- footprints ----------------------------------------------------------------------------------------------------
-
-    def note(self, owner: str, footprints: Iterable[tuple[int, Footprint]]) -> None:
-        """Remember which passages (by key) left which footprints. Of passages that are no more: doomed at once."""
-        now = self._clock()
-        with self._transaction() as db:
-            for key, mark in footprints:
-                place = (mark.namespace, mark.parent, mark.depth, mark.head)
-                of = "SELECT document_id FROM passages WHERE owner = ? AND key = ?"
-                row = db.execute(of, (owner, key)).fetchone()
-                if row is not None:
-                    values = (owner, row[0], *place, now)
-                    db.execute("INSERT OR REPLACE INTO footprints VALUES (?,?,?,?,?,?,?)", values)
-                else:
-                    db.execute("INSERT INTO doomed(namespace,parent,depth,head) VALUES (?,?,?,?)", place)
-
-    def footprints(self, noted_before: float | None = None) -> list[Footprint]:
-        """All of them, or those that were last noted before a time."""
-        with self._reading() as db:
-            until = float("inf") if noted_before is None else noted_before
-            query = "SELECT DISTINCT namespace, parent, depth, head FROM footprints WHERE noted_at < ?"
-            return [Footprint(*row) for row in db.execute(query, (until,))]
-
-    def drop_footprints(self, footprints: Iterable[Footprint], noted_before: float) -> None:
-        """Forget footprints that mark nothing any more, unless they were noted again since."""
-        with self._transaction() as db:
-            for mark in footprints:
-                db.execute(
-                    "DELETE FROM footprints WHERE namespace = ? AND parent = ? AND head = ? AND noted_at < ?",
-                    (mark.namespace, mark.parent, mark.head, noted_before),
-                )
-
-    def doomed(self) -> dict[int, Footprint]:
-        """Footprints whose chunks have to go, by the number under which `confirm` knows them."""
-        with self._reading() as db:
-            return {row[0]: Footprint(*row[1:]) for row in db.execute("SELECT * FROM doomed")}
-
-    def confirm(self, numbers: Iterable[int]) -> None:
-        """What these doomed footprints mark is gone from every tier."""
-        with self._transaction() as db:
-            db.executemany("DELETE FROM doomed WHERE id = ?", [(number,) for number in numbers])
-
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------------------------------------------------------
 
     def _drop_content(self, db: sqlite3.Connection, owner: str, document_id: str) -> list[int]:
         """Drop a document's passages, and doom what was computed from them."""
@@ -294,46 +195,16 @@ class Catalogue:
         return removed
 
     def _next_generation(self) -> None:
-        self.set("generation", self.generation + 1)
+        self.database.set("generation", self.generation + 1)
 
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                yield self._db
-            except sqlite3.Error as error:
-                raise CatalogueError(self._problem(error)) from error
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One transaction; inside another one, a part of that."""
-        with self._reading() as db:
-            if db.in_transaction:
-                yield db
-                return
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-    def _problem(self, error: sqlite3.Error) -> str:
-        name = str(self._path or "the catalogue in memory")
-        match str(error):
-            case "database is locked":
-                return f"another process has {name} open: stop it, or name another folder"
-            case "file is not a database" | "database disk image is malformed":
-                return f"{name} is damaged or no catalogue of stemcache: restore it, or name another folder"
-            case "unable to open database file":
-                return f"{name} cannot be opened: its folder is missing, or may not be written"
-            case "Cannot operate on a closed database.":
-                return "the catalogue was closed"
-            case reason:
-                return f"{name}: {reason}"
-
+# SQLite reads JSON's true as 1, so types are compared too; but numbers are numbers, 1 as well as 1.0.
+_KINDS: Final = {
+    str: ("text",),
+    bool: ("true", "false"),
+    int: ("integer", "real"),
+    float: ("integer", "real"),
+}
 
 _RECORDS: Final = (
     "SELECT id, title, text, metadata, expires_at, pinned, version, created_at, updated_at, "

@@ -12,7 +12,6 @@ that was prepared before leave any.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,9 +32,7 @@ from stemcache.ragcache.index import KINDS, Kind
 from stemcache.ragcache.library import Library
 from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
 from stemcache.ragcache.splitter import Splitter
-
-# The engine's pins of a document, by owner and id.
-_PinsOf = dict[tuple[str, str], list[tuple[str, Space]]]
+from stemcache.ragcache.warming import Warming
 
 DEFAULT = Space()
 PASSAGE_TOKENS = 512
@@ -71,8 +68,6 @@ class ContextCache:
             raise InvalidRequestError(f"index is one of {', '.join(KINDS)}, not {index!r}")
         self.engine = engine
         self.system_prompt = system_prompt
-        self._pins: _PinsOf = {}
-        self._pins_lock = threading.Lock()
         splitter = Splitter(engine.prompts.backend, passage_tokens)
         place = None if folder is None else _made(Path(folder))
         embedder = embedder or HashingEmbedder()
@@ -85,6 +80,7 @@ class ContextCache:
             raise
         self._catalogue = catalogue
         self._preparation = Preparation(engine, self._library)
+        self._warming = Warming(self._preparation, self._documents)
 
     # -- documents -----------------------------------------------------------------------------------------------------
 
@@ -114,8 +110,7 @@ class ContextCache:
 
     def delete(self, document_id: str, *, space: Space = DEFAULT) -> int:
         """Delete a document and all that was computed from it; returns the number of chunks. Raises DocumentError."""
-        with self._pins_lock:
-            self._pins.pop((space.owner, document_id), None)  # the engine's pins end with the chunks
+        self._warming.forget(document_id, space)  # the engine's pins end with the chunks
         return self._documents.delete(space.owner, document_id)
 
     def get(self, document_id: str, *, space: Space = DEFAULT) -> Record:
@@ -150,14 +145,8 @@ class ContextCache:
 
         A document of several passages has each of them read there. Raises DocumentNotFoundError, ContextLengthError.
         """
-        cached = 0
-        for prepared in self._alone(document_id, system_prompt, space):
-            self._read(prepared)
-            (start, stop) = prepared.context.spans[0]
-            prefix = prepared.tokens[:stop]
-            found = self.engine.cache.cached_tokens(prefix, tenant=space.tenant, cache_salt=space.cache_salt)
-            cached += max(0, found - start)
-        return cached
+        self._documents.expire()
+        return self._warming.warm(document_id, self._messages("?", system_prompt), space)
 
     def pin(self, document_id: str, *, system_prompt: str | None = None, space: Space = DEFAULT) -> int:
         """Warm a document and keep it, whole chunks of it, from being evicted; returns the tokens of the pins.
@@ -167,21 +156,10 @@ class ContextCache:
         """
         self.unpin(document_id, space=space)
         self.update(document_id, space=space, pinned=True)
-        pins = []
-        for prepared in self._alone(document_id, system_prompt, space):
-            self._read(prepared)
-            prefix = prepared.tokens[: prepared.context.spans[0][1]]
-            pins.append(self.engine.cache.pin(prefix, tenant=space.tenant, cache_salt=space.cache_salt))
-            with self._pins_lock:
-                self._pins.setdefault((space.owner, document_id), []).append((pins[-1].id, space))
-        return sum(pin.tokens for pin in pins)
+        return self._warming.pin(document_id, self._messages("?", system_prompt), space)
 
     def unpin(self, document_id: str, *, space: Space = DEFAULT) -> None:
         """End the pins of a document; it stays cached until room is needed. Raises DocumentNotFoundError."""
-        with self._pins_lock:
-            pins = self._pins.pop((space.owner, document_id), [])
-        for name, where in pins:
-            self.engine.cache.unpin(name, tenant=where.tenant, cache_salt=where.cache_salt)
         self.update(document_id, space=space, pinned=False)
 
     def warm_pinned(self, *, system_prompt: str | None = None, space: Space = DEFAULT) -> int:
@@ -313,11 +291,8 @@ class ContextCache:
 
     def _put(self, space: Space, document: Document) -> Change:
         change = self._documents.put(space.owner, document)
-        if change.status == "updated":
-            with self._pins_lock:
-                stale = self._pins.pop((space.owner, document.id), []) if not document.pinned else []
-            for name, where in stale:
-                self.engine.cache.unpin(name, tenant=where.tenant, cache_salt=where.cache_salt)
+        if change.status == "updated" and not document.pinned:
+            self._warming.unpin(document.id, space)
         return change
 
     def _messages(self, question: str | None, system_prompt: str | None = None) -> Sequence[Message]:
@@ -325,31 +300,9 @@ class ContextCache:
         first: Sequence[Message] = [{"role": "system", "content": system}] if system else []
         return first if question is None else [*first, {"role": "user", "content": question}]
 
-    def _alone(self, document_id: str, system_prompt: str | None, space: Space) -> Sequence[Prepared]:
-        """Prompts with each passage of a document alone. The question is any: what is read ends before it."""
-        self._documents.expire()
-        epoch = self._documents.epoch
-        self._catalogue.get(space.owner, document_id)
-        passages = self._catalogue.passages_of(space.owner, document_id)
-        messages = self._messages("?", system_prompt)
-        return [
-            self._noted(self._preparation.compose(space, epoch, messages, [Retrieved(passage)], Wish()))
-            for passage in passages
-        ]
-
     def _noted(self, prepared: Prepared) -> Prepared:
         self._documents.note(prepared.space.owner, prepared.marks)
         return prepared
-
-    def _read(self, prepared: Prepared) -> None:
-        """Compute a prepared prompt without an answer."""
-        space = prepared.space
-        with self.engine.submit(
-            prepared.tokens, SamplingParams(max_tokens=0), tenant=space.tenant, cache_salt=space.cache_salt
-        ) as stream:
-            self.submitted(prepared)
-            for _ in stream:
-                pass
 
     def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
         space = prepared.space

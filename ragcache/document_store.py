@@ -37,6 +37,7 @@ class DocumentStore:
         self._cache = cache
         self._library = library
         self._catalogue: Catalogue = library.catalogue
+        self._trail = library.catalogue.trail
         self._clock = clock
         self._lock = threading.Lock()
         self._epoch = 0
@@ -70,7 +71,7 @@ class DocumentStore:
     def note(self, owner: str, notes: Notes) -> None:
         """Remember where passages stand in a prompt that is about to be submitted."""
         if notes:
-            self._catalogue.note(owner, notes)
+            self._trail.note(owner, notes)
             self._noted += len(notes)
             if self._noted >= SWEEP_EVERY:
                 self._noted = 0
@@ -79,22 +80,22 @@ class DocumentStore:
     def verify(self, epoch: int, owner: str, notes: Notes) -> None:
         """After a prompt was submitted that was prepared at `epoch`: forget what was changed in between."""
         if notes and epoch != self._epoch:
-            self._catalogue.note(owner, notes)
+            self._trail.note(owner, notes)
             self.clean()
 
     def clean(self) -> int:
         """Have the cache forget what was computed from content that is no more; returns how many chunks it were."""
-        doomed = self._catalogue.doomed()
+        doomed = self._trail.doomed()
         done = self._cache.forget(set(doomed.values()))
-        self._catalogue.confirm(doomed)
+        self._trail.confirm(doomed)
         return done.chunks
 
     def sweep(self) -> None:
         """Drop footprints of what is not cached any more."""
         settled = self._clock() - _SETTLED_SECONDS
-        footprints = self._catalogue.footprints(noted_before=settled)
+        footprints = self._trail.footprints(noted_before=settled)
         held = self._cache.held(footprints)
-        self._catalogue.drop_footprints([each for each in footprints if each not in held], settled)
+        self._trail.drop_footprints([each for each in footprints if each not in held], settled)
 
     def _changed(self) -> int:
         with self._lock:

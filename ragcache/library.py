@@ -39,13 +39,13 @@ class Library:
         self._writing = threading.Lock()  # held while texts are embedded, which searches need not wait for
         self._lock = threading.RLock()
         self._indexes: dict[str, VectorIndex] = {}
-        known = catalogue.get_setting("embedder")
+        known = catalogue.database.get_setting("embedder")
         if known not in (None, embedder.name):
             raise EmbedderError(
                 f"the documents were embedded by {known}, whose vectors are not those of {embedder.name}: choose "
                 "that embedder, or add the documents to a new folder"
             )
-        catalogue.set("embedder", embedder.name)
+        catalogue.database.set("embedder", embedder.name)
 
     def put(self, owner: str, document: Document) -> Stored:
         """Add a document or change the one with its id. Raises EmbedderError, CatalogueError: nothing changed then."""

@@ -28,7 +28,8 @@ def url() -> Iterator[str]:
 def programs() -> dict[str, str]:
     """All Python that a reader is shown, by where it stands."""
     found = {}
-    for document in (ROOT / "README.md", ROOT / "docs" / "structured-outputs.md"):
+    for name in ("README.md", "docs/structured-outputs.md", "docs/documents.md"):
+        document = ROOT / name
         blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
         found |= {f"{document.stem} block {i}": block for i, block in enumerate(blocks)}
     return found | {path.name: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,7 +14,7 @@ import openai
 import pytest
 
 from stemcache.api.answers import ChatAnswer, ErrorAnswer
-from stemcache.api.cli import main
+from stemcache.api.cli import _parser, main
 from stemcache.api.document_answers import (
     ChangedDocument,
     ChangedDocuments,
@@ -22,8 +23,13 @@ from stemcache.api.document_answers import (
     DocumentAnswer,
     DocumentList,
 )
-from stemcache.api.server_process import ServerProcess, ServerStartError
+from stemcache.api.document_service import open_documents
+from stemcache.api.server_process import ServerProcess
+from stemcache.api.settings import Settings
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, random_corpus
+from stemcache.engine.engine import Engine
+from stemcache.prefixtree.errors import StemcacheError
+from stemcache.ragcache.context_cache import ContextCache
 
 ALICE, BOB = "alice-" + "a" * 32, "bob-" + "b" * 32
 FACTS = random_corpus(Random(77), 12)
@@ -287,26 +293,35 @@ def test_the_command_line(
     assert "no UTF-8" in capsys.readouterr().err
 
 
-def test_documents_survive_a_restart(folder: Path, tmp_path: Path) -> None:
-    """Also where the server's secret, and with it the tenants' ids, are others."""
-    store = tmp_path / "again"
-    store.mkdir()
-    with started(store) as first:
-        first.wait_until_ready()
-        with client_of(first, ALICE) as client:
-            add(client, DOCUMENTS[:3])
-            client.delete(f"/v1/documents/{DOCUMENTS[2]['id']}").raise_for_status()
-        second = ServerProcess("--documents", str(store / "store"), "--pool-bytes", "1MiB")
-        with second, pytest.raises(ServerStartError, match="another process has"):
-            second.wait_until_ready()
-    with started(store) as later, client_of(later, ALICE) as client:
+def test_the_options_of_serve(engine: Engine, tmp_path: Path) -> None:
+    settings = Settings.read({"STEMCACHE_SECRET": "s"})
+
+    def opened(*options: str) -> AbstractContextManager[ContextCache | None]:
+        return open_documents(_parser().parse_args(["serve", *options]), settings, engine)
+
+    with opened("--documents", str(tmp_path / "a"), "--index", "hnsw", "--passage-tokens", "20") as documents:
+        assert documents is not None
+        (change,) = documents.add(["The code of Velmora is 7392. " * 10])
+        assert change.record.passages > 5
+    for bad, problem in (
+        (("--embedder", "http://127.0.0.1:9/v1", "--embedding-model", "m"), "cannot be asked for embeddings"),
+        (("--embedder", "http://127.0.0.1:9/v1"), "--embedding-model NAME"),
+        (("--embedder", str(tmp_path / "nothing")), "cannot be loaded|not installed"),
+        (("--documents", str(Path(__file__) / "a")), "cannot be made"),
+    ):
+        with pytest.raises(StemcacheError, match=problem):
+            opened(*bad)
+
+
+def test_documents_survive_a_restart(folder: Path, tenants: ServerProcess) -> None:
+    """Also where the server's secret, and with it the tenants' ids, are others. The last test: it ends the server."""
+    with client_of(tenants, ALICE) as client:
+        add(client, DOCUMENTS[:3])
+        client.delete(f"/v1/documents/{DOCUMENTS[2]['id']}").raise_for_status()
+    tenants.stop()
+    with started(folder) as later, client_of(later, ALICE) as client:
         later.wait_until_ready()
         assert client.get("/v1/documents").json()["total"] == 2
         told = chat(client, FACTS[0].facts[0].question, rag={"k": 1})["rag"]["documents"]
         assert told[0]["id"] == DOCUMENTS[0]["id"]
-
-
-def test_a_server_that_is_asked_for_an_embedder_that_is_not_there() -> None:
-    process = ServerProcess("--embedder", "http://127.0.0.1:9/v1", "--embedding-model", "m")
-    with process, pytest.raises(ServerStartError, match="cannot be asked for embeddings"):
-        process.wait_until_ready()
+        assert list((folder / "store").glob("*.sqlite"))

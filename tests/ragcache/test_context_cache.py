@@ -141,7 +141,7 @@ def test_a_deleted_document_is_gone_everywhere(engine, cache_of):
         assert all(s.document_id != name for s in cache.ask(fact_document.facts[0].question, params=BRIEF).sources)
         with pytest.raises(DocumentNotFoundError, match="never added"):
             cache.get(name)
-    assert cache._catalogue.doomed() == {}
+    assert cache._catalogue.trail.doomed() == {}
 
 
 def test_an_updated_document_answers_anew(engine, cache_of):
@@ -202,10 +202,10 @@ def test_a_document_that_is_deleted_while_its_request_is_prepared(engine, cache_
     assert not any(documents[0].title in text for text in cached_texts(engine))
     cache.add(documents)
     prepared = cache.prepare(cache._messages(question), question)
-    noted = cache._catalogue.note
-    cache._catalogue.note = lambda *_: None  # as if the deletion came between retrieval and the note
+    noted = cache._catalogue.trail.note
+    cache._catalogue.trail.note = lambda *_: None  # as if the deletion came between retrieval and the note
     cache.delete(documents[0].id)
-    cache._catalogue.note = noted
+    cache._catalogue.trail.note = noted
     cache._answer(prepared, SHORT)
     engine.stats()
     assert not any(documents[0].title in text for text in cached_texts(engine))
