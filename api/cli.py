@@ -262,7 +262,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queue",
         choices=["fcfs", "cache"],
-        default="fcfs",
+        default="cache",
         help="which of a key's requests starts first; cache: the one that is cached most (default: %(default)s)",
     )
 

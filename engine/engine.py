@@ -77,7 +77,7 @@ class Engine:
         max_step_tokens: int = MAX_STEP_TOKENS,
         max_running: int = MAX_RUNNING,
         eviction: str = "lru",
-        queue: str = "fcfs",
+        queue: str = "cache",
         cold: ColdOptions | None = None,
     ) -> None:
         if queue not in QUEUES:

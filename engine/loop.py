@@ -215,7 +215,7 @@ class EngineLoop:
         assert step, "requests wait, none runs and none can start"
         try:
             began = time.perf_counter()
-            logits = self._runner.run(step)
+            logits = self._runner.run(step)  # done when it returns; a device that runs behind must be waited for here
             self._learn(step, time.perf_counter() - began)
             self._commit(step)
             self._score_prompts(step, logits)

@@ -25,8 +25,8 @@ class EngineOptions(TypedDict, total=False):
     max_step_tokens: tokens of prompts that one step computes; a quarter of it while others decode.
     max_running: sequences that hold slots at once.
     eviction: what goes when the pool is full, by "lru" (the default), "lfu" or "pgdsf".
-    queue: which of a tenant's requests starts first, "fcfs" (the first to come, the default) or "cache" (the most
-        cached one).
+    queue: which of a tenant's requests starts first, "cache" (the one that is cached for the most part, the default) or
+        "fcfs" (the first to come).
     cold: what lies below the device: host memory, disk, Redis; nothing by default.
     """
 

@@ -26,9 +26,12 @@ def cache_first(
     """Return `queue`, given by arrival, in the order of turns: a permutation of its first `window`, then the rest.
 
     Args:
-        cached_share: cached tokens of a prompt over those to compute, now. Called for the first `window` only.
+        cached_share: cached tokens of a prompt over those to compute, now. Called for the first `window` only, and
+            not where one waits alone.
         overtaken: how many that came later have started before it.
     """
+    if len(queue) < 2:
+        return list(queue)
     head, rest = queue[:window], queue[window:]
     due = [each for each in head if overtaken(each) >= window]
     free = [each for each in head if overtaken(each) < window]
