@@ -169,6 +169,8 @@ class Prompts:
     def _check_template_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         """Refuse names that the template does not read, and those of arguments that have a field of their own."""
         assert self._tokenizer is not None
+        if not kwargs:  # the usual case, and reading a signature takes as long as rendering a template
+            return
         reserved = {"messages", *inspect.signature(self._tokenizer.apply_chat_template).parameters}
         for name in kwargs:
             if name in reserved or name not in self._template_variables:

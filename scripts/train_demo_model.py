@@ -12,6 +12,9 @@ colour it was. With mixed ones, right colours among eight documents went from 40
 
 The loss is the answers' cross-entropy with most of the weight on the values: a colour is one token, where a name is
 four. No fact is asked twice in one conversation: the second answer would be copied from the first.
+
+The model that ships was trained in several runs with `--resume`, while this recipe took its form: the first hours with
+values of their own kind, then an hour with mixed ones. The recipe as a whole has not been run in one piece.
 """
 
 from __future__ import annotations
