@@ -113,9 +113,14 @@ class Cache:
             return self._loop.call(lambda: self._loop.forgetting.forget(wanted))
 
     def held(self, footprints: Iterable[Footprint]) -> set[Footprint]:
-        """Those of the footprints that mark something: cached, or of a request that runs or waits."""
+        """Those of the footprints that may mark something: cached, or of a request that runs or waits.
+
+        With tiers below the device all of them: what a tier holds is found by whole prompts only.
+        """
         wanted = list(footprints)
-        return self._loop.call(lambda: self._loop.forgetting.held(wanted)) if wanted else set()
+        if not wanted or self._loop.cold.tiers:
+            return set(wanted)
+        return self._loop.call(lambda: self._loop.forgetting.held(wanted))
 
     def clear(self, *, tenant: bytes = b"", cache_salt: bytes = b"") -> int:
         """Evict the tenant's chunks that no request and no pin holds, and delete what the tiers below have of them.

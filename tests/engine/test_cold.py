@@ -309,6 +309,9 @@ def test_what_is_forgotten_is_in_no_tier_and_does_not_come_back(make, address, a
     start, stop = 60, len(prompt) - 20  # all of the documents
     marked = set(pairwise(prompt[start:stop]))
     assert any(marked & set(pairwise(tokens)) for tokens in stored_tokens(engine, own))
+    footprint = engine.cache.footprint(prompt, start, stop)
+    engine.clear_cache()  # the device alone: a footprint is not to be dropped while a tier may hold what it marks
+    assert engine.cache.held([footprint]) == {footprint}
     running = engine.submit(prompt, replace(GREEDY, max_tokens=40))
     next(iter(running))
     engine.cache.forget([engine.cache.footprint(each, start, stop) for each in PROMPTS])
