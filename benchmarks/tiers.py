@@ -188,7 +188,7 @@ def main() -> None:
         if not options.skip_break_even:
             for address in (f"disk://{folder}/break-even", server.url):
                 kind = address.partition(":")[0]
-                rows = break_even(address, "bfloat16", [128, 256, 512, 1024, 2048], 3)
+                rows = break_even(address, "bfloat16", [128, 256, 512, 1024], 3)
                 payload["break_even"][kind] = rows
                 print(f"\nmilliseconds to the first token, SmolLM2-135M's shape in bfloat16, {kind}")
                 print(table(["tokens", "computed", "loaded", "computed / loaded"], [
