@@ -15,18 +15,20 @@ from array import array
 from struct import Struct
 from typing import Final
 
+import numpy as np
+
 from stemcache.prefixtree.errors import InvariantError
 
 _ROWS: Final = Struct("<4Q")
-_LARGEST_SCALE: Final = 2.0**64  # a double's exponent ends at 1024, so products of two such are far from it
+_LARGEST_SCALE: Final = 2.0**64  # single precision ends at 2**128: leaves room for counts
 
 
 class FrequencySketch:
     """Counts of 32-byte digests, halved for every `half_life` that is counted.
 
     Args:
-        n_keys: how many keys matter. It takes 128 to 256 bytes for each; with ten times as many, estimates of rare
-            ones begin to be too high.
+        n_keys: how many keys have a count that has not faded away. It takes 64 to 128 bytes for each. With several
+            times as many, keys that were never added begin to have an estimate above 0.
         half_life: the total of the counts added until an earlier one is worth half.
 
     Raises:
@@ -38,7 +40,7 @@ class FrequencySketch:
             raise ValueError(f"n_keys and half_life must be positive, not {n_keys} and {half_life}")
         width = 1 << (4 * n_keys - 1).bit_length()
         self._mask = width - 1
-        self._rows = tuple(array("d", bytes(8 * width)) for _ in range(4))
+        self._rows = tuple(array("f", bytes(4 * width)) for _ in range(4))
         self._growth = 2.0 ** (1.0 / half_life)
         self._scale = 1.0  # what a count of one is written as now
 
@@ -67,7 +69,8 @@ class FrequencySketch:
                 raise InvariantError("frequency: a counter is not a finite count")
 
     def _rescale(self) -> None:
-        self._rows = tuple(array("d", [count / self._scale for count in row]) for row in self._rows)
+        for row in self._rows:  # a view: in plain Python the sketch of a large pool would take seconds
+            np.frombuffer(row, dtype=np.float32)[:] /= self._scale
         self._scale = 1.0
 
 

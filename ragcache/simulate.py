@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from stemcache.engine.policies import HISTORY_TURNOVERS
+from stemcache.engine.policies import history_for
 from stemcache.engine.turns import WINDOW, cache_first
 from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.eviction import LFU, LRU, EvictionPolicy
@@ -117,8 +117,8 @@ def make_policy(name: str, n_chunks: int, chunk_tokens: int) -> EvictionPolicy:
         "lru": LRU,
         "lfu": LFU,
         "perfect lfu": PerfectLFU,
-        "pgdsf": lambda: PGDSF(cost, FrequencySketch(n_chunks, HISTORY_TURNOVERS * n_chunks)),
-        "pgdsf+gate": lambda: PGDSF(cost, FrequencySketch(n_chunks, HISTORY_TURNOVERS * n_chunks), gate=True),
+        "pgdsf": lambda: PGDSF(cost, history_for(n_chunks)),
+        "pgdsf+gate": lambda: PGDSF(cost, history_for(n_chunks), gate=True),
         "pgdsf-history": lambda: PGDSF(cost),
     }
     return policies[name]()

@@ -10,7 +10,8 @@ import pytest
 
 from stemcache import Engine, SamplingParams
 from stemcache.engine.cost import CostSurface
-from stemcache.engine.policies import EVICTIONS, eviction_policy
+from stemcache.engine.policies import EVICTIONS, eviction_policy, history_for
+from stemcache.prefixtree.frequency import digest_of
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
 CHUNK = 16
@@ -73,6 +74,16 @@ def test_the_queue_by_cache_starts_what_is_cached_first(llama_engine: Callable[.
             list(stream)
         started = {number: stream.timing.started for number, stream in streams.items()}
         assert sorted(started, key=started.__getitem__) == expected
+
+
+def test_the_history_takes_no_stranger_for_a_friend() -> None:
+    """After many pools' worth of chunks that came once each, hardly a new one seems known."""
+    n_chunks = 50
+    history = history_for(n_chunks)
+    for stranger in range(100 * n_chunks):
+        history.add(digest_of(f"stranger {stranger}"))
+    known = sum(history.estimate(digest_of(f"newcomer {newcomer}")) > 0.1 for newcomer in range(1_000))
+    assert known < 20
 
 
 def test_unknown_names_are_refused(llama_engine: Callable[..., Engine]) -> None:

@@ -26,7 +26,7 @@ def test_counts_fade(events: list[tuple[bytes, float]], half_life: float) -> Non
         plain = {each: value * 0.5 ** (count / half_life) for each, value in plain.items()}
     sketch.check()
     for key in KEYS:
-        assert sketch.estimate(key) == pytest.approx(plain[key], abs=1e-9)
+        assert sketch.estimate(key) == pytest.approx(plain[key], rel=1e-4, abs=1e-9)
 
 
 @SETTINGS
@@ -37,7 +37,7 @@ def test_it_never_counts_too_little(events: list[int]) -> None:
     for event in events:
         sketch.add(digest_of(str(event)))
     for event in set(events):
-        assert sketch.estimate(digest_of(str(event))) >= events.count(event) * (1 - 1e-9)
+        assert sketch.estimate(digest_of(str(event))) >= events.count(event) * (1 - 1e-4)
 
 
 def test_estimates_of_many_keys_are_mostly_right() -> None:
@@ -58,7 +58,7 @@ def test_it_goes_on_for_ever() -> None:
     for _ in range(5000):
         sketch.add(KEYS[0])
     sketch.check()
-    assert sketch.estimate(KEYS[0]) == pytest.approx(1.0)  # 1/2 + 1/4 + ...
+    assert sketch.estimate(KEYS[0]) == pytest.approx(1.0, rel=1e-4)  # 1/2 + 1/4 + ...
     assert sketch.estimate(KEYS[1]) == 0
 
 
