@@ -163,7 +163,7 @@ def test_random_workloads(llama_engine, models, seed):
     engine = llama_engine(pool_bytes=1 << 17, max_step_tokens=32)
     marks: dict[int, set[Footprint]] = {d: set() for d in range(5)}
     live = []
-    for _ in range(30):
+    for _ in range(20):
         ids = random.sample(range(5), random.randint(1, 3))
         prompt = prompt_of(ids, question=random.choices(range(3, 90), k=random.randint(1, 8)))
         for d in ids:
