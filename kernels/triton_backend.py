@@ -57,13 +57,15 @@ def tiles_for(head_dim: int, itemsize: int, bits: int = 16, arch: int = 90) -> T
     little = arch in (86, 89) or arch >= 120  # 99 KiB of shared memory a block
     if itemsize == 4:
         # no matrix instructions multiply float32 exactly: the products go through registers
-        return Tiles(large=16, keys=32 if head_dim <= 128 else 16, warps=4 if head_dim <= 64 else 8, stages=2)
+        return Tiles(large=16, keys=32 if head_dim <= 64 else 16, warps=4 if head_dim <= 64 else 8, stages=2)
     if bits < 16 and head_dim <= 128:
-        return Tiles(keys=32, one_launch=arch >= 90)
+        return Tiles(keys=32) if arch >= 90 else Tiles(keys=32, warps=8, one_launch=False)
     if bits < 16:
-        return Tiles(large=32, keys=32, warps=8, one_launch=False)
+        return Tiles(large=32, keys=16 if blackwell else 32, warps=8, one_launch=False)
     if head_dim > 128:
-        return Tiles(keys=32, warps=8, stages=2 if little else 3, one_launch=not blackwell)
+        if blackwell:
+            return Tiles(keys=16, warps=8, stages=2, one_launch=False)
+        return Tiles(keys=32, warps=8, stages=2 if little else 3)
     if head_dim > 64 and (blackwell or little):
         return Tiles(keys=32, stages=4 if blackwell else 3)
     return Tiles()
