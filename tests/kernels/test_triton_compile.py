@@ -42,3 +42,31 @@ def test_faults_are_found() -> None:
     assert "matrix" in Resources((), 100_000, 200, 0).faults(configuration)[0]
     assert "shared" in Resources(("mma.sync",), 200_000, 200, 0).faults(configuration)[0]
     assert Resources((), 100_000, 200, 0).faults(Configuration(80, 128, dtype=torch.float32)) == []
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        ("import sys; sys.modules['triton'] = None", "pip install 'stemcache[gpu]'"),
+        ("", "run on a GPU, not on cpu: use backend='cpu'"),
+    ],
+    ids=["no triton", "no gpu"],
+)
+def test_where_the_kernels_cannot_run_the_error_says_what_to_do(prepare: str, message: str) -> None:
+    """In a process that neither interprets kernels nor, in the first case, has Triton; the CPU's backend goes on
+    working."""
+    program = f"""{prepare}
+import numpy as np, torch
+from stemcache.kernels.attention import attend
+from stemcache.kernels.plan import AttentionPlan, SequenceRows
+plan = AttentionPlan.build([SequenceRows(np.zeros(1, dtype=np.int32), 0, 1)], chunk_tokens=16)
+query, pool = torch.zeros(1, 2, 16), torch.zeros(2, 1, 1, 16, 16)
+try:
+    attend(query, pool, plan, scale=1.0, backend="triton")
+except ValueError as error:
+    print(error)
+assert attend(query, pool, plan, scale=1.0).shape == query.shape
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert message in run.stdout
