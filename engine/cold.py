@@ -111,7 +111,8 @@ class ColdCache:
         """What of the tiers decides a chunk's numbers, or what a key of theirs stands for."""
         if self._options.is_off:
             return {}
-        return {"group": self.group} | ({} if self.codec.is_exact else {"codec": self.codec.name})
+        # An exact codec changes no number, but servers with other ones would refuse and delete each other's objects.
+        return {"group": self.group, "codec": self.codec.name}
 
     @property
     def restorer(self) -> Restorer:
