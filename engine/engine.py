@@ -28,6 +28,7 @@ from stemcache.engine.cache import Cache
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.cold import ColdCache, ColdOptions, ColdStats
 from stemcache.engine.completions import completions
+from stemcache.engine.cost import CostSurface
 from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
 from stemcache.engine.grammar import GrammarCompiler
@@ -35,7 +36,7 @@ from stemcache.engine.loop import EngineLoop
 from stemcache.engine.options import MAX_RUNNING, MAX_STEP_LOGITS, MAX_STEP_TOKENS, EngineOptions
 from stemcache.engine.outputs import Completion
 from stemcache.engine.policies import QUEUES
-from stemcache.engine.prompts import Prompts
+from stemcache.engine.prompts import Prompts, TemplateOptions
 from stemcache.engine.request_check import RequestCheck
 from stemcache.engine.runner import ModelRunner
 from stemcache.engine.salts import Salts
@@ -87,7 +88,8 @@ class Engine:
         self.prompts = Prompts(checkpoint.tokenizer)
         self._runner = ModelRunner(checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens)
         self._fingerprint = checkpoint.fingerprint
-        self._cold = ColdCache(self._runner.pool, cold or ColdOptions())
+        self.cost = CostSurface()
+        self._cold = ColdCache(self._runner.pool, cold or ColdOptions(), self.cost)
         self.vocab_size = self._runner.vocab_size
         self.chunk_tokens = chunk_tokens
         pool_tokens = self._runner.pool.n_chunks * chunk_tokens
@@ -99,13 +101,13 @@ class Engine:
             self.prompts,
             self._eos,
             self._cold,
+            self.cost,
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             max_logit_rows=max(1, MAX_STEP_LOGITS // self.vocab_size),
             eviction=eviction,
             cache_first=queue == "cache",
         )
-        self.cost = self._loop.cost
         self._request_check = RequestCheck(
             self.vocab_size, self.max_model_len, self._runner.context_length, has_text=self.prompts.backend is not None
         )
@@ -161,27 +163,11 @@ class Engine:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        documents: Sequence[Mapping[str, str]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         add_special_tokens: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[TemplateOptions],
     ) -> list[int]:
-        """Token ids of a conversation, by the model's chat template. `tools` in OpenAI's form.
-
-        continue_final_message: end in the middle of the last message, which the model then goes on with.
-        template_kwargs: values for the template's own variables. Raises InvalidRequestError.
-        """
-        return self.prompts.encode_chat(
-            messages,
-            documents=documents,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            add_special_tokens=add_special_tokens,
-            template_kwargs=template_kwargs,
-        )
+        """Token ids of a conversation, by the model's chat template. Raises InvalidRequestError."""
+        return self.prompts.encode_chat(messages, add_special_tokens=add_special_tokens, **options)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; empty without a tokenizer. Raises InvalidRequestError for ids that are none."""

@@ -45,6 +45,7 @@ class EngineLoop:
         prompts: Prompts,
         eos: frozenset[int],
         cold: ColdCache,
+        cost: CostSurface,
         *,
         max_step_tokens: int,
         max_running: int,
@@ -57,12 +58,12 @@ class EngineLoop:
         self._eos = eos
         pool = runner.pool
         self.cold = cold
-        self.cost = CostSurface()
+        self._cost = cost
         self.store = PrefixStore(
             pool.n_chunks,
             runner.layout.chunk_tokens,
             pool.copy_tokens,
-            eviction_policy(eviction, pool.n_chunks, runner.layout.chunk_tokens, self.cost),
+            eviction_policy(eviction, pool.n_chunks, runner.layout.chunk_tokens, cost),
             watcher=cold.spiller if cold.tiers else None,
         )
         self.pins = Pins(self.store)
@@ -216,7 +217,7 @@ class EngineLoop:
         try:
             began = time.perf_counter()
             logits = self._runner.run(step)  # done when it returns; a device that runs behind must be waited for here
-            self._learn(step, time.perf_counter() - began)
+            self._cost.observe([(e.start, e.stop - e.start) for e in step], time.perf_counter() - began)
             self._commit(step)
             self._score_prompts(step, logits)
             self._end_unanswered(step)
@@ -243,11 +244,6 @@ class EngineLoop:
         for sequence, result in results:
             if isinstance(result, Chosen) and sequence.request not in failed:
                 self._deliver(sequence, result)
-
-    def _learn(self, step: list[Scheduled], seconds: float) -> None:
-        """What a step took tells what computing costs."""
-        self.cost.observe([(entry.start, entry.stop - entry.start) for entry in step], seconds)
-        self.cold.computed(sum(entry.stop - entry.start for entry in step), seconds)
 
     def _commit(self, step: list[Scheduled]) -> None:
         """Publish what the step computed; only now may others find it."""
