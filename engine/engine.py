@@ -144,7 +144,8 @@ class Engine:
         name: str = "model",
         **options: Unpack[EngineOptions],
     ) -> Engine:
-        """Serve a model that is already in memory; its attention is switched to stemcache's.
+        """Serve a model that is already in memory, which is then stemcache's: its attention is switched, and on a CPU
+        its projections are fused, so it cannot be trained any more.
 
         options: see EngineOptions. Without a tokenizer only token ids are served. Raises ModelLoadError.
         """
