@@ -23,6 +23,7 @@ from stemcache.api.draining_server import DrainingServer
 from stemcache.api.keys import Keyring
 from stemcache.api.limits import Limits
 from stemcache.api.loading import load_engine
+from stemcache.api.public_corpus import warm_public_corpus
 from stemcache.api.server import create_app
 from stemcache.api.settings import Settings
 from stemcache.api.tracing import exported_spans
@@ -38,7 +39,8 @@ _CANCEL_SECONDS = 5
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM.
 
-    Raises StemcacheError for a bad model or file of keys, OSError for a file or a port that cannot be had.
+    Raises StemcacheError for a bad model, file of keys or public corpus, OSError for a file or a port that cannot be
+    had.
     """
     signal.signal(signal.SIGTERM, _exit)
     logs.configure()
@@ -55,6 +57,9 @@ def serve(options: argparse.Namespace) -> int:
         if keyring is None and not ipaddress.ip_address(host).is_loopback:
             _log.warning("listening on %s without API keys: whoever can reach it can use it; see --api-keys", host)
         _log.info("serving %s at http://%s:%d/v1", engine.model_name, f"[{host}]" if ":" in host else host, port)
+        if options.public_corpus is not None:
+            n_tokens = warm_public_corpus(engine, options.public_corpus)
+            _log.info("%s tokens of %s are cached for all tenants", f"{n_tokens:,}", options.public_corpus)
         drain = Drain()
         documents = stack.enter_context(open_documents(options, settings, engine))
         app = create_app(

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Final, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +47,9 @@ from stemcache.engine.token_rules import TokenRules
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import StoreStats
+
+PUBLIC: Final = b"stemcache.public"
+"""The tenant whose chunks all others may have, as copies (prefixtree/corpus.py). For what is nobody's secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ class Engine:
         self._request_check = RequestCheck(
             self.vocab_size, self.max_model_len, self._runner.context_length, has_text=self.prompts.backend is not None
         )
+        self._loop.store.share(self.namespace(PUBLIC))
         self._salts = Salts()
         self.cache = Cache(self._loop, self._runner.layout, self.namespace, self._salts)
 

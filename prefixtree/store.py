@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from stemcache.prefixtree.corpus import PublicCorpus
 from stemcache.prefixtree.errors import CapacityError, InvariantError
 from stemcache.prefixtree.eviction import EvictionPolicy
 from stemcache.prefixtree.explain import Explanation, explain
@@ -98,6 +99,11 @@ class PrefixStore:
     ) -> None:
         self._ledger = Ledger(n_chunks, chunk_tokens, copy_tokens, policy, watcher)
         self._leases: set[Lease] = set()
+        self._corpus = PublicCorpus(self._ledger)
+
+    def share(self, namespace: Namespace) -> None:
+        """From now on what this namespace holds may be copied by all others: never one in which a user's text lies."""
+        self._corpus.namespace = namespace
 
     @property
     def chunk_tokens(self) -> int:
@@ -114,11 +120,11 @@ class PrefixStore:
             ValueError: a token id is not an integer from 0 to 2**32 - 1.
         """
         data = encode_tokens(tokens)
-        match = self._ledger.tree.match(namespace, data)
-        if match.partial is None:
-            lease = Lease(self._ledger, self._leases, match.node, [], match.full_tokens)
-        else:
-            lease = self._acquire_partial(match, match.partial)
+        with self._corpus.found(namespace, data) as match:
+            if match.partial is None:
+                lease = Lease(self._ledger, self._leases, match.node, [], match.full_tokens)
+            else:
+                lease = self._acquire_partial(match, match.partial)
         self._ledger.counters.acquires += 1
         self._ledger.counters.hit_tokens += lease.cached_tokens
         self._ledger.counters.miss_tokens += len(tokens) - lease.cached_tokens
@@ -152,7 +158,9 @@ class PrefixStore:
 
     def match_tokens(self, tokens: Sequence[int], namespace: Namespace) -> int:
         """Return how many tokens `acquire` would find cached. No side effects; recency is not touched."""
-        return self._ledger.tree.match(namespace, encode_tokens(tokens)).tokens
+        data = encode_tokens(tokens)
+        match = self._corpus.match(namespace, data) or self._ledger.tree.match(namespace, data)
+        return match.tokens
 
     def explain(
         self, tokens: Sequence[int], namespace: Namespace, n_last: int = 0, others: Iterable[Namespace] = ()
@@ -168,7 +176,7 @@ class PrefixStore:
         """
         if not 0 <= n_last <= len(tokens):
             raise ValueError(f"n_last must be from 0 to {len(tokens)}, the number of tokens, not {n_last}")
-        return explain(self._ledger, namespace, encode_tokens(tokens), n_last, others)
+        return explain(self._ledger, self._corpus, namespace, encode_tokens(tokens), n_last, others)
 
     def snapshot(
         self, namespace: Namespace, max_chunks: int, *, max_depth: int | None = None, with_tokens: bool = False
