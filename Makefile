@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers
+.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers docs
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -76,6 +76,10 @@ kernels-gpu: $(READY)  ## on a GPU: the kernels' tests, then their benchmark (ni
 
 train: $(READY)  ## train the demo model anew (two hours on two cores)
 	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 120
+
+docs: $(READY)  ## write the reference of all modules to build/reference/ (installs pdoc)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@$(BIN)/pdoc --output-directory build/reference --docformat google stemcache.prefixtree stemcache.kernels stemcache.engine stemcache.ragcache stemcache.api
 
 clean:  ## remove the virtual environment and all caches
 	@rm -rf $(VENV) $(VENV)-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

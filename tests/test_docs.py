@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from stemcache import __version__
+from stemcache.api.cli import _parser
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+ELSEWHERE = {"clients.md"}  # programs with libraries that only `make test-clients` installs, which runs them
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,7 @@ def url() -> Iterator[str]:
 def programs() -> dict[str, str]:
     """All Python that a reader is shown, by where it stands."""
     found = {}
-    for name in ("README.md", "docs/structured-outputs.md", "docs/documents.md"):
-        document = ROOT / name
+    for document in (each for each in DOCUMENTS if each.name not in ELSEWHERE):
         blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
         found |= {f"{document.stem} block {i}": block for i, block in enumerate(blocks)}
     return found | {path.name: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}
@@ -43,6 +45,20 @@ def test_programs_run_as_they_stand(name: str, url: str) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert re.search(r"\d", run.stdout), "it printed no figure"
+
+
+def commands() -> list[tuple[str, str]]:
+    """All command lines of ours that a reader is shown, and the document."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```(?:sh)?\n(.*?)```", document.read_text(), re.DOTALL):
+            found += [(document.name, line) for line in re.findall(r"^stemcache (.*)", block, re.MULTILINE)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "line"), commands())
+def test_command_lines_are_understood(name: str, line: str) -> None:
+    _parser().parse_args(shlex.split(line.replace("...", "host"), comments=True))
 
 
 def test_examples_are_short() -> None:
