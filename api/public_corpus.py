@@ -19,7 +19,6 @@ from stemcache.api.cache_schemas import Prompt
 from stemcache.api.encoding import chat_prompt, completion_prompts
 from stemcache.api.schemas import ChatRequest, CompletionRequest
 from stemcache.engine.errors import InvalidRequestError
-from stemcache.engine.sampling import SamplingParams
 from stemcache.prefixtree.errors import StemcacheError
 
 if TYPE_CHECKING:
@@ -44,9 +43,7 @@ def warm_public_corpus(engine: Engine, path: Path) -> int:
         raise PublicCorpusError(f"{path} holds no request; write the body of one into each line")
     for number, prompt in track(prompts, "reading the public corpus", console=Console(stderr=True), transient=True):
         with _of_line(path, number):
-            engine.cache.require_pin_room(prompt, tenant=PUBLIC)
-            list(engine.submit(prompt, SamplingParams(max_tokens=0), tenant=PUBLIC))
-            engine.cache.pin(prompt, tenant=PUBLIC)
+            engine.share(prompt)
     return engine.cache.stats(tenant=PUBLIC).own.cached_chunks * engine.chunk_tokens
 
 

@@ -35,6 +35,7 @@ from stemcache.engine.grammar import GrammarCompiler
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.options import MAX_RUNNING, MAX_STEP_LOGITS, MAX_STEP_TOKENS, EngineOptions
 from stemcache.engine.outputs import Completion
+from stemcache.engine.pins import PinInfo
 from stemcache.engine.policies import QUEUES
 from stemcache.engine.prompts import Prompts, TemplateOptions
 from stemcache.engine.request_check import RequestCheck
@@ -213,6 +214,15 @@ class Engine:
         self._salts.note(tenant, cache_salt)
         self._loop.submit(request)
         return stream
+
+    def share(self, prompt: Sequence[int]) -> PinInfo:
+        """Read a prompt that is nobody's secret and keep it: all tenants find its beginning, as copies of their own.
+
+        Raises InvalidRequestError as `submit`, and where pins would hold more than their share of the pool.
+        """
+        self.cache.require_pin_room(prompt, tenant=PUBLIC)
+        list(self.submit(prompt, SamplingParams(max_tokens=0), tenant=PUBLIC))
+        return self.cache.pin(prompt, tenant=PUBLIC)
 
     def namespace(self, tenant: bytes = b"", cache_salt: bytes = b"") -> Namespace:
         """Where a tenant's chunks are, for one of its salts."""
