@@ -21,6 +21,8 @@ from typing import Any
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.sampling import SamplingParams
+from stemcache.engine.stream import Stream
+from stemcache.engine.tentative import Tentative
 from stemcache.ragcache.answer import Answer, sources
 from stemcache.ragcache.catalogue import Catalogue
 from stemcache.ragcache.compose import Context, Message, Template, compose
@@ -31,6 +33,7 @@ from stemcache.ragcache.errors import CatalogueError
 from stemcache.ragcache.index import KINDS, Kind
 from stemcache.ragcache.library import Library
 from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
+from stemcache.ragcache.speculation import Speculation, SpeculationStats, Submit
 from stemcache.ragcache.splitter import Splitter
 from stemcache.ragcache.warming import Warming
 
@@ -48,6 +51,8 @@ class ContextCache:
         index: "flat" compares with all passages, "ivf" and "hnsw" with some. See docs/documents.md.
         passage_tokens: documents are split into passages of so many tokens at most; None leaves them whole.
         system_prompt: what stands before the documents, in `ask`, `warm` and `pin`.
+        speculate: let the engine begin with the documents found so far, where searches take long enough. No answer
+            changes.
         clock: seconds since 1970.
 
     Raises CatalogueError, EmbedderError, MissingExtraError, InvalidRequestError.
@@ -62,6 +67,7 @@ class ContextCache:
         index: Kind = "flat",
         passage_tokens: int | None = PASSAGE_TOKENS,
         system_prompt: str = "",
+        speculate: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if index not in KINDS:
@@ -80,6 +86,8 @@ class ContextCache:
             raise
         self._catalogue = catalogue
         self._preparation = Preparation(engine, self._library)
+        self._speculates = speculate
+        self._speculation = Speculation(engine, self._library, self.submitted)
         self._warming = Warming(self._preparation, self._documents)
 
     # -- documents -----------------------------------------------------------------------------------------------------
@@ -174,7 +182,10 @@ class ContextCache:
     def retrieve(self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT) -> Sequence[Retrieved]:
         """The passages nearest to a question, the best first. Raises NoDocumentsError, EmbedderError."""
         self._documents.expire()
-        return self._preparation.retrieve(space, question, wish or Wish())[0]
+        wish = wish or Wish()
+        found = self._library.search(space.owner, question, wish.k, wish.where)
+        self._preparation.notes_on(space, found, wish)
+        return found
 
     def retrieve_stages(
         self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT
@@ -198,20 +209,29 @@ class ContextCache:
         space: Space = DEFAULT,
         template: Template | None = None,
         answer_tokens: int = 1,
+        submit: Submit | None = None,
     ) -> Prepared:
         """The prompt of a conversation, with documents for `question`. Submit `tokens`, then call `submitted`.
 
+        submit: how to submit prompts with the documents found so far, as long as the search goes on. The result has a
+            `stream` then, if one of them was right. Not used with `explain`, which is about what comes before.
         Raises NoDocumentsError, ContextLengthError, EmbedderError.
         """
         wish = wish or Wish()
         self._documents.expire()
         epoch = self._documents.epoch
-        found, notes = self._preparation.retrieve(space, question, wish)
-        return self._noted(
-            self._preparation.compose(
-                space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
+
+        def composed(found: Sequence[Retrieved]) -> Prepared:
+            notes = self._preparation.notes_on(space, found, wish)
+            return self._noted(
+                self._preparation.compose(
+                    space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
+                )
             )
-        )
+
+        if submit is None or wish.explain or not self._speculates:
+            return self._asked_for(composed(self._library.search(space.owner, question, wish.k, wish.where)))
+        return self._asked_for(self._speculation.prepare(space, question, wish, composed, submit))
 
     def prepare_given(
         self,
@@ -227,18 +247,17 @@ class ContextCache:
         self._documents.expire()
         epoch = self._documents.epoch
         given = self._preparation.identify(space, documents)
-        return self._noted(
-            self._preparation.compose(
-                space,
-                epoch,
-                messages,
-                given,
-                wish or Wish(),
-                template=template,
-                answer_tokens=answer_tokens,
-                may_leave_out=False,
-            )
+        prepared = self._preparation.compose(
+            space,
+            epoch,
+            messages,
+            given,
+            wish or Wish(),
+            template=template,
+            answer_tokens=answer_tokens,
+            may_leave_out=False,
         )
+        return self._asked_for(self._noted(prepared))
 
     def is_current(self, prepared: Prepared) -> bool:
         """Whether no document was changed since; then `submitted` has nothing to do. Does not wait."""
@@ -263,11 +282,23 @@ class ContextCache:
         """
         if params.n != 1:
             raise InvalidRequestError("ask gives one answer: leave 'n' out", param="n")
-        wanted = Wish(k=k, **wish)
+
+        def submit(tokens: Sequence[int], tentative: Tentative) -> Stream:
+            return self._submit(tokens, params, space, tentative)
+
         prepared = self.prepare(
-            self._messages(question), question, wanted, space=space, answer_tokens=params.max_tokens or 1
+            self._messages(question),
+            question,
+            Wish(k=k, **wish),
+            space=space,
+            answer_tokens=params.max_tokens or 1,
+            submit=submit,
         )
         return self._answer(prepared, params)
+
+    def speculation(self) -> SpeculationStats:
+        """What came of the prompts that were submitted before their search had ended."""
+        return self._speculation.stats()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -304,9 +335,17 @@ class ContextCache:
         self._documents.note(prepared.space.owner, prepared.marks)
         return prepared
 
+    def _asked_for(self, prepared: Prepared) -> Prepared:
+        self._preparation.paths.count(each.passage.key for each in prepared.retrieved)
+        return prepared
+
+    def _submit(
+        self, tokens: Sequence[int], params: SamplingParams, space: Space, tentative: Tentative | None = None
+    ) -> Stream:
+        return self.engine.submit(tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, tentative=tentative)
+
     def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
-        space = prepared.space
-        with self.engine.submit(prepared.tokens, params, tenant=space.tenant, cache_salt=space.cache_salt) as stream:
+        with prepared.stream or self._submit(prepared.tokens, params, prepared.space) as stream:
             self.submitted(prepared)
             deltas = list(stream)
         reason = deltas[-1].finish_reason
