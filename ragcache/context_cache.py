@@ -12,8 +12,10 @@ that was prepared before leave any.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +38,8 @@ from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
 from stemcache.ragcache.speculation import Speculation, SpeculationStats, Submit
 from stemcache.ragcache.splitter import Splitter
 from stemcache.ragcache.warming import Warming
+
+log = logging.getLogger(__name__)
 
 DEFAULT = Space()
 PASSAGE_TOKENS = 512
@@ -101,7 +105,8 @@ class ContextCache:
     ) -> Sequence[Change]:
         """Add documents, or change those with the same ids. Each is complete before the next begins.
 
-        on_progress: called after each. Raises DocumentError, EmbedderError, CatalogueError.
+        on_progress: called after each. Raises DocumentError, EmbedderError, CatalogueError, and InvalidRequestError for
+        one that was to be pinned and could not be; it is there then, but not pinned.
         """
         changes = []
         for document in documents:
@@ -113,7 +118,7 @@ class ContextCache:
         return changes
 
     def update(self, document_id: str, *, space: Space = DEFAULT, **changes: Any) -> Change:
-        """Change some fields of a document: text, title, metadata, expires_at, pinned. Raises DocumentError."""
+        """Change some fields of a document, as they are named in `Document`. Raises DocumentError, and as `add`."""
         return self._put(space, updated(self.get(document_id, space=space).document, changes))
 
     def delete(self, document_id: str, *, space: Space = DEFAULT) -> int:
@@ -160,22 +165,32 @@ class ContextCache:
         """Warm a document and keep it, whole chunks of it, from being evicted; returns the tokens of the pins.
 
         It is remembered as pinned; after a restart `warm_pinned` pins it again. Raises as `warm`, and
-        InvalidRequestError when pins would hold more than their share of the pool.
+        InvalidRequestError when pins would hold more than their share of the pool; then it is not pinned.
         """
-        self.unpin(document_id, space=space)
-        self.update(document_id, space=space, pinned=True)
-        return self._warming.pin(document_id, self._messages("?", system_prompt), space)
+        known = self.get(document_id, space=space).document
+        document = replace(known, pinned=True, system_prompt=system_prompt)
+        self._documents.put(space.owner, document)
+        self._warming.unpin(document_id, space)
+        return self._pin(document, space)
 
     def unpin(self, document_id: str, *, space: Space = DEFAULT) -> None:
         """End the pins of a document; it stays cached until room is needed. Raises DocumentNotFoundError."""
         self.update(document_id, space=space, pinned=False)
 
-    def warm_pinned(self, *, system_prompt: str | None = None, space: Space = DEFAULT) -> int:
-        """Pin again the documents that are remembered as pinned; returns how many."""
-        own = [document_id for owner, document_id in self._catalogue.pinned() if owner == space.owner]
-        for document_id in own:
-            self.pin(document_id, system_prompt=system_prompt, space=space)
-        return len(own)
+    def warm_pinned(self, *, space: Space = DEFAULT, should_stop: Callable[[], bool] = lambda: False) -> int:
+        """Pin again the documents that are remembered as pinned, as far as there is room for pins; returns how many."""
+        pinned = 0
+        for owner, document_id in self._catalogue.pinned():
+            if owner != space.owner or should_stop():
+                continue
+            try:
+                document = self.get(document_id, space=space).document
+                self._warming.unpin(document_id, space)
+                self._warming.pin(document_id, self._messages("?", document.system_prompt), space)
+                pinned += 1
+            except InvalidRequestError as error:  # a smaller pool than before, or the document is gone
+                log.warning("document %r is not pinned again: %s", document_id, error)
+        return pinned
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -322,9 +337,22 @@ class ContextCache:
 
     def _put(self, space: Space, document: Document) -> Change:
         change = self._documents.put(space.owner, document)
-        if change.status == "updated" and not document.pinned:
+        if change.status == "updated":
             self._warming.unpin(document.id, space)
+        if document.pinned and change.status != "unchanged":
+            self._pin(document, space)
         return change
+
+    def _pin(self, document: Document, space: Space) -> int:
+        """Have a document pinned that is remembered as pinned; or, where that cannot be, not remembered so."""
+        try:
+            return self._warming.pin(document.id, self._messages("?", document.system_prompt), space)
+        except InvalidRequestError as error:
+            self._warming.unpin(document.id, space)
+            self._documents.put(space.owner, replace(document, pinned=False, system_prompt=None))
+            error.param = "pinned"
+            error.args = (f"document '{document.id}' was added, but cannot be pinned: {error}",)
+            raise
 
     def _messages(self, question: str | None, system_prompt: str | None = None) -> Sequence[Message]:
         system = self.system_prompt if system_prompt is None else system_prompt
