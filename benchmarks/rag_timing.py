@@ -8,9 +8,12 @@ search: `long`, among so many other vectors that searching takes as long as comp
 
 Popularity by Zipf, k=4, one question after another; each goes to every configuration in turn, so that a busy machine
 slows all of them alike. A time is that from the question to the first token, retrieval included: by the clock, and as
-processor time, from which other processes take nothing, and which is the same here, as one thread waits for the other
-(set OMP_NUM_THREADS=1). With speculation they work at once, so only the clock counts for it. The pool is a share of what the corpus's keys and values take. The first questions warm the caches up and are not counted; with the random
-model they are not computed either, only entered: nobody reads its answers. Writes results/rag_timing-NAME.json.
+processor time, from which other processes take nothing. They are the same on an idle machine, as one thread waits for
+the other (with OMP_NUM_THREADS=1); but with speculation they work at once, so only the clock counts for it.
+
+The pool is a share of what the corpus's keys and values take. The first questions warm the caches up and are not
+counted; with the random model they are not computed either, only entered: nobody reads its answers. Writes
+results/rag_timing-NAME.json.
 """
 
 from __future__ import annotations
