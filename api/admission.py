@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from stemcache.api.keys import Tenant
     from stemcache.api.schemas import SamplingRequest
     from stemcache.engine.engine import Engine
+    from stemcache.engine.stream import Stream
+    from stemcache.engine.tentative import Tentative
 
 _AFTER_ALL_OTHERS = 1 << 62  # a priority that no request has
 
@@ -97,16 +99,29 @@ class Admission:
         salt = (body.cache_salt or "").encode()
         return Admitted(self, context.tenant, salt, body.priority or 0)
 
-    def submit(self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams) -> WatchedStream:
-        """Submit one prompt of an admitted request. Raises what `Engine.submit` raises."""
+    def submit(
+        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, submitted: Stream | None = None
+    ) -> WatchedStream:
+        """Submit one prompt of an admitted request, unless it was. Raises what `Engine.submit` raises."""
         context, tenant = current(), admitted.tenant
-        stream = self._engine.submit(
-            prompt, params, tenant=tenant.id, cache_salt=admitted.cache_salt, priority=admitted.priority
-        )
+        stream = submitted or self.submit_tentatively(admitted, prompt, params, None)
         watched = WatchedStream(stream, context, self._metrics, self._limits.seconds, lambda it: self._end(tenant, it))
         context.streams.append(watched)
         self._live.setdefault(tenant, set()).add(watched)
         return watched
+
+    def submit_tentatively(
+        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, tentative: Tentative | None
+    ) -> Stream:
+        """Submit a prompt of which it is not known yet whether it is the request's; from any thread."""
+        return self._engine.submit(
+            prompt,
+            params,
+            tenant=admitted.tenant.id,
+            cache_salt=admitted.cache_salt,
+            priority=admitted.priority,
+            tentative=tentative,
+        )
 
     def read(self, admitted: Admitted, prompt: Sequence[int]) -> None:
         """Have the engine read a prompt into the tenant's cache, after whatever the tenant waits for.
@@ -137,9 +152,13 @@ class Admitted:
     cache_salt: bytes
     priority: int
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> WatchedStream:
-        """Raises what `Engine.submit` raises."""
-        return self.admission.submit(self, prompt, params)
+    def submit(self, prompt: Sequence[int], params: SamplingParams, submitted: Stream | None = None) -> WatchedStream:
+        """submitted: the prompt's stream, if it has one already. Raises what `Engine.submit` raises."""
+        return self.admission.submit(self, prompt, params, submitted)
+
+    def submit_tentatively(self, params: SamplingParams, prompt: Sequence[int], tentative: Tentative) -> Stream:
+        """From any thread. Raises what `Engine.submit` raises."""
+        return self.admission.submit_tentatively(self, prompt, params, tentative)
 
     def read(self, prompt: Sequence[int]) -> None:
         """Have a prompt read into the cache; nobody waits for it. Raises what `Engine.submit` raises."""

@@ -21,6 +21,8 @@ class DocumentEntry(Answer):
     created_at: float
     updated_at: float
     expires_at: float | None
+    pinned: bool
+    system_prompt: str | None
 
 
 class ChangedDocument(DocumentEntry):

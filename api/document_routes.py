@@ -129,6 +129,8 @@ def _document(document_id: str, fields: DocumentFields, path: str) -> Document:
             text=fields.text,
             metadata=fields.metadata,
             expires_at=None if fields.ttl_seconds is None else time.time() + fields.ttl_seconds,
+            pinned=fields.pinned,
+            system_prompt=fields.system_prompt,
         )
     except DocumentError as error:
         error.param = f"{path}{error.param}"
@@ -148,6 +150,8 @@ def _entry(record: Record) -> Json:
         "created_at": record.created_at,
         "updated_at": record.updated_at,
         "expires_at": document.expires_at,
+        "pinned": document.pinned,
+        "system_prompt": document.system_prompt,
     }
 
 

@@ -29,6 +29,10 @@ class DocumentFields(RequestModel):
     ttl_seconds: Annotated[float, Field(gt=0, le=_YEAR, allow_inf_nan=False)] | None = Field(
         default=None, description="When the document is deleted by itself; by default never."
     )
+    pinned: bool = Field(default=False, description="Read it now, and keep its keys and values from eviction.")
+    system_prompt: Text | None = Field(
+        default=None, description="What the chats say before the documents, of one that is pinned."
+    )
 
 
 class NewDocument(DocumentFields):

@@ -18,6 +18,7 @@ from stemcache.engine.sampling import SamplingParams
 if TYPE_CHECKING:
     from stemcache.api.admission import Admitted
     from stemcache.api.watched_stream import WatchedStream
+    from stemcache.engine.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,13 @@ class Prompt:
     """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off.
 
     submitted: to be called when the engine has it.
+    stream: of its answer, where the engine has it already.
     """
 
     token_ids: list[int]
     text: str | None = None
     submitted: Callable[[], None] | None = None
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ class Generation:
         streams: list[WatchedStream] = []
         try:
             for prompt in prompts:
-                streams.append(admitted.submit(prompt.token_ids, params))
+                streams.append(admitted.submit(prompt.token_ids, params, prompt.stream))
                 if prompt.submitted is not None:
                     prompt.submitted()
         except BaseException:

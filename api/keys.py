@@ -75,6 +75,11 @@ class Keyring:
             raise KeyFileError(f"{path} holds no key; write 'name key' into a line")
         return cls(keys, secret)
 
+    @property
+    def tenants(self) -> list[Tenant]:
+        """Each once."""
+        return list(dict.fromkeys(tenant for _, tenant in self._tenants))
+
     def find(self, key: str) -> Tenant | None:
         """Whose key it is. All keys are compared, whether or not one has matched."""
         digest, found = _digest(key), None

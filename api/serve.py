@@ -20,13 +20,14 @@ from stemcache.api.cold_options import cold_from, tenant_secret
 from stemcache.api.document_service import open_documents
 from stemcache.api.drain import Drain
 from stemcache.api.draining_server import DrainingServer
-from stemcache.api.keys import Keyring
+from stemcache.api.keys import Keyring, Tenant
 from stemcache.api.limits import Limits
 from stemcache.api.loading import load_engine
 from stemcache.api.public_corpus import warm_public_corpus
 from stemcache.api.server import create_app
 from stemcache.api.settings import Settings
 from stemcache.api.tracing import exported_spans
+from stemcache.api.upkeep import Upkeep
 
 _log = logging.getLogger(__name__)
 
@@ -62,10 +63,13 @@ def serve(options: argparse.Namespace) -> int:
             _log.info("%s tokens of %s are cached for all tenants", f"{n_tokens:,}", options.public_corpus)
         drain = Drain()
         documents = stack.enter_context(open_documents(options, settings, engine))
+        secret = tenant_secret(options, settings, has_keys=keyring is not None)
+        if documents is not None:
+            stack.enter_context(Upkeep(documents, [Tenant.of("", secret)] if keyring is None else keyring.tenants))
         app = create_app(
             engine,
             keyring=keyring,
-            secret=tenant_secret(options, settings, has_keys=keyring is not None),
+            secret=secret,
             limits=limits_from(options),
             drain=drain,
             spans=exported_spans(engine.model_name) if settings.traces_endpoint else None,

@@ -19,6 +19,7 @@ from stemcache.api.answers import documented
 from stemcache.api.auth import AuthMiddleware
 from stemcache.api.cache_routes import CacheRoutes
 from stemcache.api.completion_routes import CompletionRoutes
+from stemcache.api.document_metrics import DocumentCollector
 from stemcache.api.document_routes import DocumentRoutes
 from stemcache.api.drain import Drain, DrainMiddleware
 from stemcache.api.errors import add_error_handlers, require_model
@@ -64,6 +65,8 @@ def create_app(
     app.add_middleware(AuthMiddleware, keyring=keyring, anonymous=Tenant.of("", secret or secrets.token_bytes(32)))
     app.add_middleware(AccessMiddleware, metrics=metrics, spans=spans)
     add_error_handlers(app)
+    if documents is not None:
+        metrics.registry.register(DocumentCollector(documents))
     admission = Admission(engine, metrics, limits, log_prompts=log_prompts)
     completions = CompletionRoutes(engine, admission, Retrieval(engine, documents))
     completions.add_to(app)

@@ -44,6 +44,7 @@ from stemcache.engine.salts import Salts
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.sequence import Request
 from stemcache.engine.stream import Stream
+from stemcache.engine.tentative import Tentative
 from stemcache.engine.token_rules import TokenRules
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.namespace import Namespace
@@ -190,12 +191,14 @@ class Engine:
         tenant: bytes = b"",
         cache_salt: bytes = b"",
         priority: int = 0,
+        tentative: Tentative | None = None,
     ) -> Stream:
         """Queue a prompt of token ids and return the stream of its deltas.
 
         tenant: requests of different tenants never share chunks, and tenants that wait take turns.
         cache_salt: nor do a tenant's requests with different salts.
         priority: which of a tenant's waiting requests goes first, the smallest.
+        tentative: compute it only while there is nothing else to do; its stream is good once it was kept.
         Raises InvalidRequestError, ContextLengthError, EngineClosedError.
         """
         params = params or SamplingParams()
@@ -210,7 +213,7 @@ class Engine:
         if params.prompt_logprobs is not None:
             stream.prompt_logprobs.append(None)  # the first token's: nothing stands before it
         namespace = self.namespace(tenant, cache_salt)
-        request = Request(list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar)
+        request = Request(list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar, tentative)
         self._salts.note(tenant, cache_salt)
         self._loop.submit(request)
         return stream

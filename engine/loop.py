@@ -78,6 +78,7 @@ class EngineLoop:
         self.forgetting = Forgetting(self.store, pool, self.scheduler, self.pins)
         cold.spiller.keeps_out = self.forgetting.is_isolated
         self.generated_tokens = 0
+        self._tentative: Request | None = None  # the one that may have to give way
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         cold.attach(self.store, self._inbox.put)
         self._awaits_chunks = False  # nothing can be computed until chunks arrive from a tier
@@ -177,6 +178,14 @@ class EngineLoop:
         self._closing = True
 
     def _accept(self, request: Request) -> None:
+        """Let a request wait. A tentative one has to be alone."""
+        if not self.scheduler.is_idle:
+            if request.drop():
+                self._end(request)
+                return
+            if self._tentative is not None and self._tentative.drop():
+                self._end(self._tentative)
+        self._tentative = None if request.tentative is None else request
         self.scheduler.add(self._new_sequence(request))
 
     def _new_sequence(self, request: Request) -> Sequence:

@@ -210,6 +210,7 @@ class _Budget:
         if self.tokens <= 0:
             return 0
         count = sequence.remaining if sequence.remaining <= self.tokens + self.tokens // 4 else self.tokens
+        count = min(count, sequence.request.step_tokens or count)
         silent = max(0, sequence.first_logits - sequence.computed)  # tokens before the first that gives logits
         return min(count, silent + 1 + self.logit_rows)
 

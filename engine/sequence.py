@@ -15,6 +15,7 @@ from stemcache.engine.outputs import FinishReason, Usage
 from stemcache.engine.sampler import TokenChooser
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.stream import Stream
+from stemcache.engine.tentative import Tentative
 from stemcache.engine.token_rules import TokenRules
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import Lease
@@ -27,6 +28,7 @@ class Request:
     """One prompt with its parameters, and where its deltas go. `max_tokens` is what is left of the context at most.
 
     `tenant` is whom its tokens are charged to, and `priority` its rank within that tenant, the smallest first.
+    `tentative` where it may be that nobody wants it.
     """
 
     prompt: list[int]
@@ -38,6 +40,7 @@ class Request:
     priority: int = 0
     rules: TokenRules | None = None
     grammar: CompiledGrammar | None = None
+    tentative: Tentative | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
@@ -50,6 +53,15 @@ class Request:
         # Chunks that were published, evicted after a preemption and published again count once.
         written = min(self.written_tokens, len(self.prompt) - cached)
         return Usage(len(self.prompt), self.completion_tokens, cached, written)
+
+    @property
+    def step_tokens(self) -> int | None:
+        """How many tokens of the prompt one step may compute, where the others are held to be more urgent."""
+        return self.tentative.step_tokens if self.tentative is not None and self.tentative.is_open else None
+
+    def drop(self) -> bool:
+        """Give it up, if it is tentative and was not kept; whether that is so."""
+        return self.tentative is not None and self.tentative.drop()
 
     @property
     def is_finished(self) -> bool:

@@ -12,8 +12,10 @@ that was prepared before leave any.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,8 @@ from typing import Any
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.sampling import SamplingParams
+from stemcache.engine.stream import Stream
+from stemcache.engine.tentative import Tentative
 from stemcache.ragcache.answer import Answer, sources
 from stemcache.ragcache.catalogue import Catalogue
 from stemcache.ragcache.compose import Context, Message, Template, compose
@@ -31,8 +35,11 @@ from stemcache.ragcache.errors import CatalogueError
 from stemcache.ragcache.index import KINDS, Kind
 from stemcache.ragcache.library import Library
 from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
+from stemcache.ragcache.speculation import Speculation, SpeculationStats, Submit
 from stemcache.ragcache.splitter import Splitter
 from stemcache.ragcache.warming import Warming
+
+log = logging.getLogger(__name__)
 
 DEFAULT = Space()
 PASSAGE_TOKENS = 512
@@ -48,6 +55,8 @@ class ContextCache:
         index: "flat" compares with all passages, "ivf" and "hnsw" with some. See docs/documents.md.
         passage_tokens: documents are split into passages of so many tokens at most; None leaves them whole.
         system_prompt: what stands before the documents, in `ask`, `warm` and `pin`.
+        speculate: let the engine begin with the documents found so far, where searches take long enough. No answer
+            changes.
         clock: seconds since 1970.
 
     Raises CatalogueError, EmbedderError, MissingExtraError, InvalidRequestError.
@@ -62,6 +71,7 @@ class ContextCache:
         index: Kind = "flat",
         passage_tokens: int | None = PASSAGE_TOKENS,
         system_prompt: str = "",
+        speculate: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if index not in KINDS:
@@ -80,6 +90,8 @@ class ContextCache:
             raise
         self._catalogue = catalogue
         self._preparation = Preparation(engine, self._library)
+        self._speculates = speculate
+        self._speculation = Speculation(engine, self._library, self.submitted)
         self._warming = Warming(self._preparation, self._documents)
 
     # -- documents -----------------------------------------------------------------------------------------------------
@@ -93,7 +105,8 @@ class ContextCache:
     ) -> Sequence[Change]:
         """Add documents, or change those with the same ids. Each is complete before the next begins.
 
-        on_progress: called after each. Raises DocumentError, EmbedderError, CatalogueError.
+        on_progress: called after each. Raises DocumentError, EmbedderError, CatalogueError, and InvalidRequestError for
+        one that was to be pinned and could not be; it is there then, but not pinned.
         """
         changes = []
         for document in documents:
@@ -105,7 +118,7 @@ class ContextCache:
         return changes
 
     def update(self, document_id: str, *, space: Space = DEFAULT, **changes: Any) -> Change:
-        """Change some fields of a document: text, title, metadata, expires_at, pinned. Raises DocumentError."""
+        """Change some fields of a document, as they are named in `Document`. Raises DocumentError, and as `add`."""
         return self._put(space, updated(self.get(document_id, space=space).document, changes))
 
     def delete(self, document_id: str, *, space: Space = DEFAULT) -> int:
@@ -152,29 +165,42 @@ class ContextCache:
         """Warm a document and keep it, whole chunks of it, from being evicted; returns the tokens of the pins.
 
         It is remembered as pinned; after a restart `warm_pinned` pins it again. Raises as `warm`, and
-        InvalidRequestError when pins would hold more than their share of the pool.
+        InvalidRequestError when pins would hold more than their share of the pool; then it is not pinned.
         """
-        self.unpin(document_id, space=space)
-        self.update(document_id, space=space, pinned=True)
-        return self._warming.pin(document_id, self._messages("?", system_prompt), space)
+        known = self.get(document_id, space=space).document
+        document = replace(known, pinned=True, system_prompt=system_prompt)
+        self._documents.put(space.owner, document)
+        self._warming.unpin(document_id, space)
+        return self._pin(document, space)
 
     def unpin(self, document_id: str, *, space: Space = DEFAULT) -> None:
         """End the pins of a document; it stays cached until room is needed. Raises DocumentNotFoundError."""
         self.update(document_id, space=space, pinned=False)
 
-    def warm_pinned(self, *, system_prompt: str | None = None, space: Space = DEFAULT) -> int:
-        """Pin again the documents that are remembered as pinned; returns how many."""
-        own = [document_id for owner, document_id in self._catalogue.pinned() if owner == space.owner]
-        for document_id in own:
-            self.pin(document_id, system_prompt=system_prompt, space=space)
-        return len(own)
+    def warm_pinned(self, *, space: Space = DEFAULT, should_stop: Callable[[], bool] = lambda: False) -> int:
+        """Pin again the documents that are remembered as pinned, as far as there is room for pins; returns how many."""
+        pinned = 0
+        for owner, document_id in self._catalogue.pinned():
+            if owner != space.owner or should_stop():
+                continue
+            try:
+                document = self.get(document_id, space=space).document
+                self._warming.unpin(document_id, space)
+                self._warming.pin(document_id, self._messages("?", document.system_prompt), space)
+                pinned += 1
+            except InvalidRequestError as error:  # a smaller pool than before, or the document is gone
+                log.warning("document %r is not pinned again: %s", document_id, error)
+        return pinned
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
     def retrieve(self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT) -> Sequence[Retrieved]:
         """The passages nearest to a question, the best first. Raises NoDocumentsError, EmbedderError."""
         self._documents.expire()
-        return self._preparation.retrieve(space, question, wish or Wish())[0]
+        wish = wish or Wish()
+        found = self._library.search(space.owner, question, wish.k, wish.where)
+        self._preparation.notes_on(space, found, wish)
+        return found
 
     def retrieve_stages(
         self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT
@@ -198,20 +224,29 @@ class ContextCache:
         space: Space = DEFAULT,
         template: Template | None = None,
         answer_tokens: int = 1,
+        submit: Submit | None = None,
     ) -> Prepared:
         """The prompt of a conversation, with documents for `question`. Submit `tokens`, then call `submitted`.
 
+        submit: how to submit prompts with the documents found so far, as long as the search goes on. The result has a
+            `stream` then, if one of them was right. Not used with `explain`, which is about what comes before.
         Raises NoDocumentsError, ContextLengthError, EmbedderError.
         """
         wish = wish or Wish()
         self._documents.expire()
         epoch = self._documents.epoch
-        found, notes = self._preparation.retrieve(space, question, wish)
-        return self._noted(
-            self._preparation.compose(
-                space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
+
+        def composed(found: Sequence[Retrieved]) -> Prepared:
+            notes = self._preparation.notes_on(space, found, wish)
+            return self._noted(
+                self._preparation.compose(
+                    space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
+                )
             )
-        )
+
+        if submit is None or wish.explain or not self._speculates:
+            return self._asked_for(composed(self._library.search(space.owner, question, wish.k, wish.where)))
+        return self._asked_for(self._speculation.prepare(space, question, wish, composed, submit))
 
     def prepare_given(
         self,
@@ -227,18 +262,17 @@ class ContextCache:
         self._documents.expire()
         epoch = self._documents.epoch
         given = self._preparation.identify(space, documents)
-        return self._noted(
-            self._preparation.compose(
-                space,
-                epoch,
-                messages,
-                given,
-                wish or Wish(),
-                template=template,
-                answer_tokens=answer_tokens,
-                may_leave_out=False,
-            )
+        prepared = self._preparation.compose(
+            space,
+            epoch,
+            messages,
+            given,
+            wish or Wish(),
+            template=template,
+            answer_tokens=answer_tokens,
+            may_leave_out=False,
         )
+        return self._asked_for(self._noted(prepared))
 
     def is_current(self, prepared: Prepared) -> bool:
         """Whether no document was changed since; then `submitted` has nothing to do. Does not wait."""
@@ -263,11 +297,23 @@ class ContextCache:
         """
         if params.n != 1:
             raise InvalidRequestError("ask gives one answer: leave 'n' out", param="n")
-        wanted = Wish(k=k, **wish)
+
+        def submit(tokens: Sequence[int], tentative: Tentative) -> Stream:
+            return self._submit(tokens, params, space, tentative)
+
         prepared = self.prepare(
-            self._messages(question), question, wanted, space=space, answer_tokens=params.max_tokens or 1
+            self._messages(question),
+            question,
+            Wish(k=k, **wish),
+            space=space,
+            answer_tokens=params.max_tokens or 1,
+            submit=submit,
         )
         return self._answer(prepared, params)
+
+    def speculation(self) -> SpeculationStats:
+        """What came of the prompts that were submitted before their search had ended."""
+        return self._speculation.stats()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -291,9 +337,22 @@ class ContextCache:
 
     def _put(self, space: Space, document: Document) -> Change:
         change = self._documents.put(space.owner, document)
-        if change.status == "updated" and not document.pinned:
+        if change.status == "updated":
             self._warming.unpin(document.id, space)
+        if document.pinned and change.status != "unchanged":
+            self._pin(document, space)
         return change
+
+    def _pin(self, document: Document, space: Space) -> int:
+        """Have a document pinned that is remembered as pinned; or, where that cannot be, not remembered so."""
+        try:
+            return self._warming.pin(document.id, self._messages("?", document.system_prompt), space)
+        except InvalidRequestError as error:
+            self._warming.unpin(document.id, space)
+            self._documents.put(space.owner, replace(document, pinned=False, system_prompt=None))
+            error.param = "pinned"
+            error.args = (f"document '{document.id}' was added, but cannot be pinned: {error}",)
+            raise
 
     def _messages(self, question: str | None, system_prompt: str | None = None) -> Sequence[Message]:
         system = self.system_prompt if system_prompt is None else system_prompt
@@ -304,9 +363,17 @@ class ContextCache:
         self._documents.note(prepared.space.owner, prepared.marks)
         return prepared
 
+    def _asked_for(self, prepared: Prepared) -> Prepared:
+        self._preparation.paths.count(each.passage.key for each in prepared.retrieved)
+        return prepared
+
+    def _submit(
+        self, tokens: Sequence[int], params: SamplingParams, space: Space, tentative: Tentative | None = None
+    ) -> Stream:
+        return self.engine.submit(tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, tentative=tentative)
+
     def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
-        space = prepared.space
-        with self.engine.submit(prepared.tokens, params, tenant=space.tenant, cache_salt=space.cache_salt) as stream:
+        with prepared.stream or self._submit(prepared.tokens, params, prepared.space) as stream:
             self.submitted(prepared)
             deltas = list(stream)
         reason = deltas[-1].finish_reason

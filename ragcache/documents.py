@@ -27,7 +27,8 @@ class Document:
 
     id: unique for its owner; made from the content if it is empty, so that the same text is the same document.
     metadata: what retrieval can filter by. expires_at: in seconds since 1970; None for never.
-    pinned: its keys and values, right after the system prompt, are kept from eviction as far as there is room.
+    pinned: its keys and values, right after the system prompt, are kept from eviction.
+    system_prompt: what it is pinned after; None for the context cache's own. Only of pinned documents.
 
     Raises DocumentError.
     """
@@ -38,10 +39,13 @@ class Document:
     metadata: Mapping[str, Scalar] = field(default_factory=dict)
     expires_at: float | None = None
     pinned: bool = False
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise DocumentError("the document's text is empty", param="text")
+        if self.system_prompt is not None and not self.pinned:
+            raise DocumentError("'system_prompt' is what a document is pinned after: pin it too", param="system_prompt")
         if not self.id:
             object.__setattr__(self, "id", f"doc-{self.content_hash[:24]}")
         _check_id(self.id)
@@ -111,9 +115,11 @@ class Retrieved:
 
 def updated(document: Document, changes: Mapping[str, Any]) -> Document:
     """`document` with some of its fields changed. Raises DocumentError for names that are none."""
-    unknown = set(changes) - {"text", "title", "metadata", "expires_at", "pinned"}
+    unknown = set(changes) - {"text", "title", "metadata", "expires_at", "pinned", "system_prompt"}
     if unknown:
         raise DocumentError(f"a document has no field '{min(unknown)}' that can be updated", param=min(unknown))
+    if changes.get("pinned") is False:
+        changes = {"system_prompt": None, **changes}
     return replace(document, **changes)
 
 

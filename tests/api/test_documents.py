@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -203,6 +204,52 @@ def test_deleting_empties_the_cache_of_it(alice: httpx.Client) -> None:
     assert name not in cached_text(alice)
 
 
+def test_pinned(alice: httpx.Client) -> None:
+    question, name = FACTS[6].facts[0].question, DOCUMENTS[6]["id"]
+    (added,) = add(alice, [DOCUMENTS[6] | {"pinned": True, "system_prompt": SYSTEM_PROMPT}]).data
+    assert (added.pinned, added.system_prompt) == (True, SYSTEM_PROMPT)
+    add(alice, [DOCUMENTS[7]])
+    alice.post("/v1/cache/clear").raise_for_status()
+    assert len(alice.get("/v1/cache/pin").json()["data"]) == 1
+    (told,) = chat(alice, question, rag={"k": 1})["rag"]["documents"]
+    assert told["cached_tokens"] > told["tokens"] - 16, "all but an unfinished chunk"
+    fields = {each: DOCUMENTS[6][each] for each in ("title", "text", "metadata")}
+    assert alice.put(f"/v1/documents/{name}", json=fields).json()["pinned"] is False
+    assert alice.get("/v1/cache/pin").json()["data"] == []
+    bad = {"documents": [DOCUMENTS[6] | {"system_prompt": "S"}]}
+    assert refusal(alice.post("/v1/documents", json=bad))["param"] == "documents[0].system_prompt"
+
+
+def test_what_users_run_into(alice: httpx.Client, bob: httpx.Client) -> None:
+    add(alice, DOCUMENTS[:3])
+    question = FACTS[0].facts[0].question
+    # A date at the front.
+    for day, advised in (("20", False), ("21", True)):
+        messages = [{"role": "system", "content": f"Today is 2026-11-{day}. {SYSTEM_PROMPT}"}]
+        messages.append({"role": "user", "content": question})
+        told = chat(alice, question, messages=messages, rag={"k": 2, "explain": True})["rag"]
+        assert any("such as a date, after the documents" in note for note in told["notes"]) is advised
+    # More passages than there are.
+    assert chat(alice, question, rag={"k": 50})["rag"]["notes"] == ["50 passages were asked for, and there are only 3"]
+    # Two tenants with the same document: one deletes it, and the other's is as it was.
+    add(bob, DOCUMENTS[:3])
+    for client in (alice, bob, alice, bob):
+        reused = {each["reuse"] for each in chat(client, question, rag={"k": 1})["rag"]["documents"]}
+    alice.delete(f"/v1/documents/{DOCUMENTS[0]['id']}").raise_for_status()
+    (told,) = chat(bob, question, rag={"k": 1})["rag"]["documents"]
+    assert (told["id"], {told["reuse"]}, reused) == (DOCUMENTS[0]["id"], {"all"}, {"all"})
+    bob.delete("/v1/documents", params={"id": [each["id"] for each in DOCUMENTS[:3]]}).raise_for_status()
+    # A document that is longer than the context, whole and as the passages that it is split into.
+    book = "\n\n".join(f"{each.title}\n{each.text}" for each in random_corpus(Random(78), 60)) + "\n\n" + FACTS[5].text
+    given = {"messages": [{"role": "user", "content": question}], "documents": [{"title": "", "text": book}]}
+    error = refusal(alice.post("/v1/chat/completions", json=given | {"max_tokens": 8}))
+    assert error["code"] == "context_length_exceeded"
+    (added,) = add(alice, [{"id": "book", "text": book}]).data
+    assert added.passages > 5
+    used = chat(alice, FACTS[5].facts[0].question, rag={"k": 2})["rag"]["documents"]
+    assert {each["id"] for each in used} == {"book"}
+
+
 def test_another_tenant_has_nothing_to_do_with_it(alice: httpx.Client, bob: httpx.Client) -> None:
     add(alice, DOCUMENTS[:3])
     name = DOCUMENTS[0]["id"]
@@ -316,12 +363,15 @@ def test_the_options_of_serve(engine: Engine, tmp_path: Path) -> None:
 def test_documents_survive_a_restart(folder: Path, tenants: ServerProcess) -> None:
     """Also where the server's secret, and with it the tenants' ids, are others. The last test: it ends the server."""
     with client_of(tenants, ALICE) as client:
-        add(client, DOCUMENTS[:3])
+        add(client, [DOCUMENTS[0] | {"pinned": True, "system_prompt": SYSTEM_PROMPT}, *DOCUMENTS[1:3]])
         client.delete(f"/v1/documents/{DOCUMENTS[2]['id']}").raise_for_status()
     tenants.stop()
     with started(folder) as later, client_of(later, ALICE) as client:
         later.wait_until_ready(timeout=600)
         assert client.get("/v1/documents").json()["total"] == 2
+        while not client.get("/v1/cache/pin").json()["data"]:
+            time.sleep(0.05)
         told = chat(client, FACTS[0].facts[0].question, rag={"k": 1})["rag"]["documents"]
         assert told[0]["id"] == DOCUMENTS[0]["id"]
+        assert told[0]["cached_tokens"] > 0, "it was pinned, and is so again"
         assert list((folder / "store").glob("*.sqlite"))
