@@ -27,6 +27,7 @@ class Lease:
 
     Attributes:
         cached_tokens: how many leading tokens need not be computed.
+        evicted_tokens: how many of those that follow had been cached after this very prefix, and were evicted.
         written_tokens: how many tokens this lease computed and was the first to publish.
         slots: chunk ids in order, shared ones first. The caller reads it and never changes it; `commit` may replace an
             entry (the chunk turned out to exist already), `reserve` appends. Empty once released.
@@ -37,6 +38,7 @@ class Lease:
         ledger.tree.pin(node)
         live.add(self)
         self.cached_tokens = cached_tokens
+        self.evicted_tokens = 0
         self.written_tokens = 0
         self.slots = node.path_slots() + tail
         self._ledger = ledger

@@ -128,7 +128,7 @@ class PrefixStore:
         self._ledger.counters.acquires += 1
         self._ledger.counters.hit_tokens += lease.cached_tokens
         self._ledger.counters.miss_tokens += len(tokens) - lease.cached_tokens
-        self._count(namespace, match.node, data, lease.cached_tokens)
+        lease.evicted_tokens = self._count(namespace, match.node, data, lease.cached_tokens)
         if self._ledger.watcher is not None:
             self._ledger.watcher.used(match.node)
         return lease
@@ -287,8 +287,11 @@ class PrefixStore:
             if not lease.node.depth <= lease.committed_tokens // self._ledger.tree.chunk_tokens:
                 raise InvariantError(f"store: a lease at {lease.node} committed only {lease.committed_tokens} tokens")
 
-    def _count(self, namespace: Namespace, node: Node, prompt: bytes, n_hits: int) -> None:
-        """Enter an acquired prompt into its namespace's account. `node` is the deepest whole chunk that it found."""
+    def _count(self, namespace: Namespace, node: Node, prompt: bytes, n_hits: int) -> int:
+        """Enter an acquired prompt into its namespace's account; return how many tokens after the hits were evicted.
+
+        `node` is the deepest whole chunk that it found.
+        """
         size = self._ledger.tree.chunk_tokens
         n_tokens = len(prompt) // TOKEN_BYTES
         n_whole = n_tokens - n_tokens % size
@@ -296,9 +299,11 @@ class PrefixStore:
         account = self._ledger.accounts.of(namespace.digest)
         account.acquires += 1
         account.hit_tokens += n_hits
-        account.evicted_tokens += max(0, evicted_until - n_hits)
+        n_evicted = max(0, evicted_until - n_hits)
+        account.evicted_tokens += n_evicted
         account.new_tokens += max(0, n_whole - max(evicted_until, n_hits))
         account.unfinished_tokens += n_tokens - max(n_whole, n_hits)
+        return n_evicted
 
     def _acquire_partial(self, match: Match, partial: Node) -> Lease:
         """Acquire with a copy of the tokens that match inside `partial`, or without it if there is no slot for them."""

@@ -44,6 +44,36 @@ def test_a_date_before_a_document(make_store: MakeStore, namespace: Namespace) -
     assert explained.tokens_of(Reason.OTHER_POSITION) == 12
 
 
+def test_a_lease_tells_what_was_lost(make_store: MakeStore, namespace: Namespace) -> None:
+    store, prompt = make_store(8), list(range(16))
+    fill(store, namespace, prompt)
+    with store.acquire(prompt[:6], namespace) as short:
+        assert (short.cached_tokens, short.evicted_tokens) == (6, 0)
+        store.clear(namespace)  # all but the first chunk, which is held
+    with store.acquire([*prompt[:12], 99, 99, 99, 99], namespace) as lease:
+        assert (lease.cached_tokens, lease.evicted_tokens) == (4, 8)
+    with store.acquire([9, *prompt], namespace) as other:
+        assert (other.cached_tokens, other.evicted_tokens) == (0, 0)
+
+
+def test_a_snapshot_tells_what_was_stored_below(make_store: MakeStore, namespace: Namespace) -> None:
+    """One object holds several chunks, and its last one is marked: so what leads to a marked chunk is stored too."""
+    store = make_store(16)
+    fill(store, namespace, range(16))
+    fill(store, namespace, [*range(8), 90, 91, 92, 93])
+    chunks = {(node.depth, node.key[-1]): node for node in store.chunks(namespace)}
+    assert [each.stored_chunks for each in store.snapshot(namespace, 99).branches] == [0, 0, 0]
+    chunks[3, 11].is_cold = True
+    stored = {each.depth: each.stored_chunks for each in store.snapshot(namespace, 99).branches if each.chunks == 2}
+    assert stored == {0: 2, 2: 1}
+    chunks[4, 15].is_covered = True
+    assert [(each.chunks, each.stored_chunks) for each in store.snapshot(namespace, 99).branches] == [
+        (2, 2),
+        (1, 0),
+        (2, 2),
+    ]
+
+
 def test_text_that_moved_by_a_token_is_found(make_store: MakeStore, namespace: Namespace) -> None:
     store = make_store(16)
     fill(store, namespace, range(8))
