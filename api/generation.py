@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 class Prompt:
     """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off.
 
-    submitted: to be called when the engine has it.
+    submitted: to be called when the engine has it. started: when it has been read, with what of it was found.
     """
 
     token_ids: list[int]
     text: str | None = None
     submitted: Callable[[], None] | None = None
+    started: Callable[[Usage], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Generation:
         try:
             for prompt in prompts:
                 streams.append(admitted.submit(prompt.token_ids, params))
+                streams[-1].on_start = prompt.started
                 if prompt.submitted is not None:
                     prompt.submitted()
         except BaseException:

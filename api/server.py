@@ -68,7 +68,7 @@ def create_app(
     completions = CompletionRoutes(engine, admission, Retrieval(engine, documents))
     completions.add_to(app)
     TokenRoutes(engine).add_to(app)
-    CacheRoutes(engine, admission, completions.prompts_of, show_text=show_cache_text).add_to(app)
+    CacheRoutes(engine, admission, completions.prompts_of, documents, show_text=show_cache_text).add_to(app)
     DocumentRoutes(documents, max_documents=limits.documents).add_to(app)
     ServerRoutes(engine).add_to(app)
     app.add_route("/metrics", metrics.serve)
