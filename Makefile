@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers
+.PHONY: help demo test test-clients clients-here test-page check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -52,6 +52,13 @@ clients-here: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[dev,clients]"
 	@$(BIN)/python -m pytest tests/clients
+
+test-page: $(READY)  ## the live page in a real Chromium (installs playwright, and Debian's Chromium if there is none)
+	@echo "==> installing playwright"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,page]"
+	@test -n "$$STEMCACHE_CHROMIUM" || command -v chromium google-chrome >/dev/null || apt-get install -y -qq --no-install-recommends chromium || \
+	    { echo "the page's tests need Chromium: install it, or set STEMCACHE_CHROMIUM to a browser's path" >&2; exit 1; }
+	@$(BIN)/python -m pytest tests/page
 
 FUZZ_SECONDS ?= 300
 fuzz: $(READY)  ## throw bytes at what reads stored frames, guided by coverage, for FUZZ_SECONDS (installs atheris)
