@@ -1,5 +1,5 @@
-"""For all tests: those of `tests/clients` and `tests/page` run when they are asked for (`make test-clients`,
-`make test-page`), not with the rest; Triton's kernels run under its interpreter where there is no GPU."""
+"""For all tests: those of `tests/clients`, `tests/page` and `tests/stack/running` run when they are asked for, not with
+the rest (`make test-clients`, `test-page`, `test-stack`); Triton's kernels run under its interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before any test can do that
 
-APART = {Path(__file__).with_name("clients"), Path(__file__).with_name("page")}
+APART = {Path(__file__).parent / name for name in ("clients", "page", "stack/running")}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
