@@ -3,7 +3,7 @@
 import { byId, count, el, percent, say, seconds, tokens } from "/page/dom.js";
 
 const KIND = { // a range's colour, by its reason
-  hit: "device", partial_chunk: "device", pending: "pending", evicted: "evicted", other_position: "elsewhere",
+  hit: "device", partial_chunk: "device", public: "stored", pending: "pending", evicted: "evicted", other_position: "elsewhere",
   other_namespace: "elsewhere", never_seen: "computed", unfinished_chunk: "rest", last_token: "rest",
 };
 
@@ -70,13 +70,13 @@ export class AskBox {
     byId("told").hidden = false;
     say(byId("verdict"), `${count(found)} of ${tokens(all)} (${percent(found, all)}) are cached at this moment; ${count(all - found)} have to be computed.`);
     byId("ranges").replaceChildren(...ranges.map((each) => {
-      const piece = el("span", { class: KIND[each.reason], title: `${each.start} to ${each.stop}: ${each.why}` });
+      const piece = el("span", { class: KIND[each.reason] ?? "rest", title: `${each.start} to ${each.stop}: ${each.why}` });
       piece.style.flexGrow = each.tokens;
       return piece;
     }));
     byId("range-table").tBodies[0].replaceChildren(...ranges.map((each) => el("tr", {},
       el("td", { class: "span" }, each.tokens === 1 ? count(each.start) : `${count(each.start)} to ${count(each.stop - 1)}`),
-      el("td", {}, el("span", { class: `swatch ${KIND[each.reason]}` }), each.result === "hit" ? "reused" : "computed"),
+      el("td", {}, el("span", { class: `swatch ${KIND[each.reason] ?? "rest"}` }), each.result === "hit" ? "reused" : "computed"),
       el("td", {}, each.why, this.showText ? el("q", {}, each.text) : null))));
     // Advice may quote the prompt.
     const advice = this.showText || !report.divergence ? report.advice

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from stemcache.prefixtree import explain as explain_module
 from stemcache.prefixtree.accounts import Accounts
+from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.evicted import EvictedChunks
 from stemcache.prefixtree.explain import Divergence, Reason, TokenRange
 from stemcache.prefixtree.namespace import Namespace
@@ -191,6 +193,23 @@ def test_the_memory_of_evictions_is_bounded_and_forgets_the_oldest() -> None:
     assert len(evicted) == 3
     assert evicted.count_run(root, keys) == 1
     assert evicted.count_run(root, [b"x", *keys]) == 0
+
+
+def test_a_prompt_that_could_not_start_does_not_count(make_store: MakeStore, namespace: Namespace) -> None:
+    store = make_store(4)
+    fill(store, namespace, range(8))
+    before = store.namespace_stats(namespace), store.stats()
+    for _ in range(3):
+        lease = store.acquire([*range(6), 90, 91, 92], namespace)
+        assert store.namespace_stats(namespace).acquires == before[0].acquires + 1
+        with pytest.raises(CapacityError):
+            lease.reserve(99)
+        lease.release(used=False)
+    after = store.namespace_stats(namespace), store.stats()
+    assert after == (before[0], replace(before[1], copied_tokens=before[1].copied_tokens + 6))
+    with store.pin(range(8), namespace) as pin:
+        pin.release(used=False)
+    assert store.namespace_stats(namespace) == before[0]
 
 
 def test_accounts_are_bounded() -> None:
