@@ -17,6 +17,7 @@ from stemcache.api.context import current
 from stemcache.api.errors import ApiError
 from stemcache.api.limits import Limits
 from stemcache.api.metrics import Metrics
+from stemcache.api.recent import RecentRequests
 from stemcache.api.watched_stream import WatchedStream
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.sampling import SamplingParams
@@ -74,6 +75,7 @@ class Admission:
         self._metrics = metrics
         self._limits = limits
         self._log_prompts = log_prompts
+        self.recent = RecentRequests()
         self._throughput = Throughput()
         self._live: dict[Tenant, set[WatchedStream]] = {}
 
@@ -106,6 +108,9 @@ class Admission:
         context, tenant = current(), admitted.tenant
         stream = submitted or self.submit_tentatively(admitted, prompt, params, None)
         watched = WatchedStream(stream, context, self._metrics, self._limits.seconds, lambda it: self._end(tenant, it))
+        watched.on_first_token = lambda seconds: self.recent.note(
+            tenant.id, admitted.cache_salt, watched.usage, seconds
+        )
         context.streams.append(watched)
         self._live.setdefault(tenant, set()).add(watched)
         return watched

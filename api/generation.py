@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 class Prompt:
     """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off.
 
-    submitted: to be called when the engine has it.
+    submitted: to be called when the engine has it. started: when it has been read, with what of it was found.
     stream: of its answer, where the engine has it already.
     """
 
     token_ids: list[int]
     text: str | None = None
     submitted: Callable[[], None] | None = None
+    started: Callable[[Usage], None] | None = None
     stream: Stream | None = None
 
 
@@ -90,6 +91,7 @@ class Generation:
         try:
             for prompt in prompts:
                 streams.append(admitted.submit(prompt.token_ids, params, prompt.stream))
+                streams[-1].on_start = prompt.started
                 if prompt.submitted is not None:
                     prompt.submitted()
         except BaseException:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stemcache.api.encoding import Tools
     from stemcache.api.schemas import ChatRequest
     from stemcache.engine.engine import Engine
+    from stemcache.engine.outputs import Usage
     from stemcache.ragcache.context_cache import ContextCache
     from stemcache.ragcache.preparation import Prepared, Space, Wish
     from stemcache.ragcache.speculation import Submit
@@ -60,7 +61,12 @@ class Retrieval:
             prepared = await self._prepared(body, tools, room, submit)
         if prepared is None:
             return ChatPrompt(await chat_prompt(self._engine, body, tools))
-        prompt = Prompt(prepared.tokens, submitted=lambda: self._submitted(prepared), stream=prepared.stream)
+        prompt = Prompt(
+            prepared.tokens,
+            submitted=lambda: self._submitted(prepared),
+            started=lambda usage: self._started(prepared, usage),
+            stream=prepared.stream,
+        )
         return ChatPrompt(prompt, prepared)
 
     async def _prepared(
@@ -70,6 +76,10 @@ class Retrieval:
             raise NoDocumentServiceError
         space = space_of(body.cache_salt)
         return await asyncio.to_thread(_prepare, self._documents, body, tools, answer_tokens, space, submit)
+
+    def _started(self, prepared: Prepared, usage: Usage) -> None:
+        assert self._documents is not None
+        self._documents.started(prepared, usage)
 
     def _submitted(self, prepared: Prepared) -> None:
         """In the background where there is something to do, as that waits for the engine."""

@@ -26,6 +26,7 @@ from stemcache.api.errors import add_error_handlers, require_model
 from stemcache.api.head import HeadAsGet
 from stemcache.api.keys import Keyring, Tenant
 from stemcache.api.limits import BodyLimitMiddleware, Limits
+from stemcache.api.live_page import add_live_page
 from stemcache.api.metrics import Metrics
 from stemcache.api.retrieval import Retrieval
 from stemcache.api.token_routes import TokenRoutes
@@ -71,10 +72,11 @@ def create_app(
     completions = CompletionRoutes(engine, admission, Retrieval(engine, documents))
     completions.add_to(app)
     TokenRoutes(engine).add_to(app)
-    CacheRoutes(engine, admission, completions.prompts_of, show_text=show_cache_text).add_to(app)
+    CacheRoutes(engine, admission, completions.prompts_of, documents, show_text=show_cache_text).add_to(app)
     DocumentRoutes(documents, max_documents=limits.documents).add_to(app)
     ServerRoutes(engine).add_to(app)
     app.add_route("/metrics", metrics.serve)
+    add_live_page(app)
     return app
 
 

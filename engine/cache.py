@@ -45,6 +45,10 @@ class Cache:
         self._namespace = namespace
 
     @property
+    def layout(self) -> KVLayout:
+        return self._layout
+
+    @property
     def chunk_tokens(self) -> int:
         return self._layout.chunk_tokens
 

@@ -40,13 +40,15 @@ class Usage:
     """Tokens of one request. `cached_tokens` of the prompt were not computed but found in the store.
 
     `cache_write_tokens` of the prompt were computed and are in the store now, in chunks that this request was the first
-    to publish. Cached and written ones together are at most the prompt.
+    to publish. Cached and written ones together are at most the prompt. `evicted_tokens`, those that follow the cached
+    ones, were computed again: they had been cached after this very prefix, and were evicted.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     cache_write_tokens: int = 0
+    evicted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

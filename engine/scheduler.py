@@ -147,7 +147,7 @@ class Scheduler:
         sequence.lease, sequence.computed = lease, lease.cached_tokens
         request = sequence.request
         if request.cached_tokens is None:
-            request.cached_tokens = lease.cached_tokens
+            request.cached_tokens, request.evicted_tokens = lease.cached_tokens, lease.evicted_tokens
             request.stream.timing.start()
             self.prompt_tokens += len(request.prompt)
             self.cached_tokens += lease.cached_tokens

@@ -44,6 +44,7 @@ class Request:
     arrival: int = field(default_factory=lambda: next(_arrivals))
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
+    evicted_tokens: int = 0
     written_tokens: int = 0
     completion_tokens: int = 0
 
@@ -52,7 +53,7 @@ class Request:
         cached = self.cached_tokens or 0
         # Chunks that were published, evicted after a preemption and published again count once.
         written = min(self.written_tokens, len(self.prompt) - cached)
-        return Usage(len(self.prompt), self.completion_tokens, cached, written)
+        return Usage(len(self.prompt), self.completion_tokens, cached, written, self.evicted_tokens)
 
     @property
     def step_tokens(self) -> int | None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from stemcache.prefixtree.accounts import Lookup
 from stemcache.prefixtree.corpus import PublicCorpus
 from stemcache.prefixtree.errors import CapacityError, InvariantError
 from stemcache.prefixtree.eviction import EvictionPolicy
@@ -22,7 +23,7 @@ from stemcache.prefixtree.ledger import CopyTokens, Ledger, Watcher
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.snapshot import TreeSnapshot, take_snapshot
-from stemcache.prefixtree.tokens import TOKEN_BYTES, encode_tokens
+from stemcache.prefixtree.tokens import encode_tokens
 from stemcache.prefixtree.tree import Match
 
 __all__ = ["Lease", "NamespaceStats", "Occupancy", "PrefixStore", "StoreStats"]
@@ -125,10 +126,9 @@ class PrefixStore:
                 lease = Lease(self._ledger, self._leases, match.node, [], match.full_tokens)
             else:
                 lease = self._acquire_partial(match, match.partial)
-        self._ledger.counters.acquires += 1
-        self._ledger.counters.hit_tokens += lease.cached_tokens
-        self._ledger.counters.miss_tokens += len(tokens) - lease.cached_tokens
-        self._count(namespace, match.node, data, lease.cached_tokens)
+        evicted = self._ledger.count_evicted(match.node, data)
+        lease.lookup = Lookup.of(len(tokens), lease.cached_tokens, match.node.depth + evicted, self.chunk_tokens)
+        self._ledger.count(namespace.digest, lease.lookup)
         if self._ledger.watcher is not None:
             self._ledger.watcher.used(match.node)
         return lease
@@ -286,19 +286,6 @@ class PrefixStore:
                 raise InvariantError(f"store: a lease at {lease.node} names other slots than its path")
             if not lease.node.depth <= lease.committed_tokens // self._ledger.tree.chunk_tokens:
                 raise InvariantError(f"store: a lease at {lease.node} committed only {lease.committed_tokens} tokens")
-
-    def _count(self, namespace: Namespace, node: Node, prompt: bytes, n_hits: int) -> None:
-        """Enter an acquired prompt into its namespace's account. `node` is the deepest whole chunk that it found."""
-        size = self._ledger.tree.chunk_tokens
-        n_tokens = len(prompt) // TOKEN_BYTES
-        n_whole = n_tokens - n_tokens % size
-        evicted_until = size * (node.depth + self._ledger.count_evicted(node, prompt))
-        account = self._ledger.accounts.of(namespace.digest)
-        account.acquires += 1
-        account.hit_tokens += n_hits
-        account.evicted_tokens += max(0, evicted_until - n_hits)
-        account.new_tokens += max(0, n_whole - max(evicted_until, n_hits))
-        account.unfinished_tokens += n_tokens - max(n_whole, n_hits)
 
     def _acquire_partial(self, match: Match, partial: Node) -> Lease:
         """Acquire with a copy of the tokens that match inside `partial`, or without it if there is no slot for them."""

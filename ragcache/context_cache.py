@@ -22,6 +22,7 @@ from typing import Any
 
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import InvalidRequestError
+from stemcache.engine.outputs import Usage
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.stream import Stream
 from stemcache.engine.tentative import Tentative
@@ -35,6 +36,7 @@ from stemcache.ragcache.errors import CatalogueError
 from stemcache.ragcache.index import KINDS, Kind
 from stemcache.ragcache.library import Library
 from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
+from stemcache.ragcache.reuse import DocumentReuse, Reuse
 from stemcache.ragcache.speculation import Speculation, SpeculationStats, Submit
 from stemcache.ragcache.splitter import Splitter
 from stemcache.ragcache.warming import Warming
@@ -93,6 +95,7 @@ class ContextCache:
         self._speculates = speculate
         self._speculation = Speculation(engine, self._library, self.submitted)
         self._warming = Warming(self._preparation, self._documents)
+        self._reuse = Reuse(engine.cache)
 
     # -- documents -----------------------------------------------------------------------------------------------------
 
@@ -124,6 +127,7 @@ class ContextCache:
     def delete(self, document_id: str, *, space: Space = DEFAULT) -> int:
         """Delete a document and all that was computed from it; returns the number of chunks. Raises DocumentError."""
         self._warming.forget(document_id, space)  # the engine's pins end with the chunks
+        self._reuse.forget(space.owner, document_id)
         return self._documents.delete(space.owner, document_id)
 
     def get(self, document_id: str, *, space: Space = DEFAULT) -> Record:
@@ -282,6 +286,15 @@ class ContextCache:
         """To be called once a prepared prompt was submitted: a document may have been deleted in between."""
         self._documents.verify(prepared.epoch, prepared.space.owner, prepared.marks)
 
+    def started(self, prepared: Prepared, usage: Usage) -> None:
+        """To be called once a submitted prompt has been read: what `reuse` tells."""
+        self._reuse.count(prepared, usage)
+
+    def reuse(self, limit: int = 100, *, space: Space = DEFAULT) -> Sequence[DocumentReuse]:
+        """What prompts found of each document in the cache, of those used last, and what is cached of them now."""
+        found = self._reuse.of(space, limit)
+        return [each for each in found if self.has(each.document_id, space=space)]  # others' time was over
+
     def ask(
         self,
         question: str,
@@ -376,6 +389,7 @@ class ContextCache:
         with prepared.stream or self._submit(prepared.tokens, params, prepared.space) as stream:
             self.submitted(prepared)
             deltas = list(stream)
+        self.started(prepared, stream.usage)
         reason = deltas[-1].finish_reason
         assert reason is not None
         usage = stream.usage

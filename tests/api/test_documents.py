@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from stemcache.api.answers import ChatAnswer, ErrorAnswer
+from stemcache.api.cache_answers import CacheStatistics
 from stemcache.api.cli import _parser, main
 from stemcache.api.document_answers import (
     ChangedDocument,
@@ -176,6 +177,31 @@ def test_what_was_reused_is_told(alice: httpx.Client, tenants: ServerProcess) ->
     known = {name: DOCUMENTS[2][name] for name in ("title", "text")}
     told = chat(alice, question, documents=[known, stranger], rag={"order": "relevance"})["rag"]["documents"]
     assert [each["id"] for each in told] == [DOCUMENTS[2]["id"], None]
+
+
+def test_the_statistics_tell_of_each_document(alice: httpx.Client, bob: httpx.Client) -> None:
+    add(alice, DOCUMENTS)
+    expected: dict[str, tuple[int, int, int]] = {}
+    for ask in range(3):
+        for each in chat(alice, FACTS[ask % 2].facts[0].question, rag={"k": 3})["rag"]["documents"]:
+            requests, hits, tokens = expected.get(each["id"], (0, 0, 0))
+            expected[each["id"]] = (requests + 1, hits + each["cached_tokens"], tokens + each["tokens"])
+    stats = CacheStatistics.model_validate(alice.get("/v1/cache/stats").json())
+    told = {each.id: each for each in stats.tenant.documents}
+    assert {
+        name: (each.requests, each.hit_tokens, each.hit_tokens + each.miss_tokens) for name, each in told.items()
+    } == (expected)
+    for each in told.values():
+        cached = each.tiers["device"]
+        assert sum(each.misses.model_dump().values()) == each.miss_tokens
+        assert 0 < cached.tokens.cached <= each.requests * each.tokens
+        assert cached.bytes.cached == cached.tokens.cached * stats.bytes_per_token
+    assert len(alice.get("/v1/cache/stats", params={"documents": 1}).json()["tenant"]["documents"]) == 1
+    assert alice.get("/v1/cache/stats", params={"cache_salt": "x"}).json()["tenant"]["documents"] == []
+    assert bob.get("/v1/cache/stats").json()["tenant"]["documents"] == []
+    alice.delete(f"/v1/documents/{stats.tenant.documents[0].id}").raise_for_status()
+    left = alice.get("/v1/cache/stats").json()["tenant"]["documents"]
+    assert [each["id"] for each in left] == [each.id for each in stats.tenant.documents[1:]]
 
 
 def test_filters_and_few_documents(alice: httpx.Client) -> None:
