@@ -223,9 +223,9 @@ class EngineLoop:
             rows = self._rows_to_choose(step)
             if not rows:
                 return
-            sequences = list(rows)
+            sequences, picked = list(rows), list(rows.values())
             chosen = choose_tokens(
-                logits if len(rows) == len(logits) else logits[list(rows.values())],
+                logits if picked == list(range(len(logits))) else logits[picked],
                 [sequence.chooser for sequence in sequences],
                 [sequence.tokens for sequence in sequences],
             )
