@@ -21,6 +21,7 @@ from stemcache.engine.cost import CostSurface
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.errors import EngineClosedError, EngineError, GrammarError
 from stemcache.engine.forget import Forgetting
+from stemcache.engine.mover import Mover
 from stemcache.engine.outputs import Delta, FinishReason
 from stemcache.engine.pins import Pins
 from stemcache.engine.policies import eviction_policy
@@ -66,6 +67,7 @@ class EngineLoop:
             watcher=cold.spiller if cold.tiers else None,
         )
         self.pins = Pins(self.store)
+        self.mover = Mover(self.store, pool, runner.inverse_frequencies)
         self.scheduler = Scheduler(
             self.store,
             max_step_tokens=max_step_tokens,
@@ -73,6 +75,7 @@ class EngineLoop:
             max_logit_rows=max_logit_rows,
             cache_first=cache_first,
             give_way=lambda: cold.restorer.give_way(),
+            mover=self.mover,
         )
         self.forgetting = Forgetting(self.store, pool, self.scheduler, self.pins)
         cold.spiller.keeps_out = self.forgetting.is_isolated
@@ -246,8 +249,8 @@ class EngineLoop:
 
     def _learn(self, step: list[Scheduled], seconds: float) -> None:
         """What a step took tells what computing costs."""
-        self.cost.observe([(entry.start, entry.stop - entry.start) for entry in step], seconds)
-        self.cold.computed(sum(entry.stop - entry.start for entry in step), seconds)
+        self.cost.observe([(entry.stop - entry.n_rows, entry.n_rows) for entry in step], seconds)
+        self.cold.computed(sum(entry.n_rows for entry in step), seconds)
 
     def _commit(self, step: list[Scheduled]) -> None:
         """Publish what the step computed; only now may others find it."""
