@@ -24,6 +24,7 @@ from stemcache.engine.sampling import SamplingParams
 if TYPE_CHECKING:
     from stemcache.api.keys import Tenant
     from stemcache.api.schemas import SamplingRequest
+    from stemcache.engine.blend import Blend
     from stemcache.engine.engine import Engine
 
 _AFTER_ALL_OTHERS = 1 << 62  # a priority that no request has
@@ -97,11 +98,18 @@ class Admission:
         salt = (body.cache_salt or "").encode()
         return Admitted(self, context.tenant, salt, body.priority or 0)
 
-    def submit(self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams) -> WatchedStream:
+    def submit(
+        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, blend: Blend | None
+    ) -> WatchedStream:
         """Submit one prompt of an admitted request. Raises what `Engine.submit` raises."""
         context, tenant = current(), admitted.tenant
         stream = self._engine.submit(
-            prompt, params, tenant=tenant.id, cache_salt=admitted.cache_salt, priority=admitted.priority
+            prompt,
+            params,
+            tenant=tenant.id,
+            cache_salt=admitted.cache_salt,
+            priority=admitted.priority,
+            blend=blend,
         )
         watched = WatchedStream(stream, context, self._metrics, self._limits.seconds, lambda it: self._end(tenant, it))
         context.streams.append(watched)
@@ -137,9 +145,9 @@ class Admitted:
     cache_salt: bytes
     priority: int
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> WatchedStream:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, blend: Blend | None = None) -> WatchedStream:
         """Raises what `Engine.submit` raises."""
-        return self.admission.submit(self, prompt, params)
+        return self.admission.submit(self, prompt, params, blend)
 
     def read(self, prompt: Sequence[int]) -> None:
         """Have a prompt read into the cache; nobody waits for it. Raises what `Engine.submit` raises."""

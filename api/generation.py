@@ -18,18 +18,20 @@ from stemcache.engine.sampling import SamplingParams
 if TYPE_CHECKING:
     from stemcache.api.admission import Admitted
     from stemcache.api.watched_stream import WatchedStream
+    from stemcache.engine.blend import Blend
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off.
 
-    submitted: to be called when the engine has it.
+    submitted: to be called when the engine has it. blend: which parts of it may be moved there.
     """
 
     token_ids: list[int]
     text: str | None = None
     submitted: Callable[[], None] | None = None
+    blend: Blend | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Generation:
         streams: list[WatchedStream] = []
         try:
             for prompt in prompts:
-                streams.append(admitted.submit(prompt.token_ids, params))
+                streams.append(admitted.submit(prompt.token_ids, params, prompt.blend))
                 if prompt.submitted is not None:
                     prompt.submitted()
         except BaseException:
@@ -104,6 +106,7 @@ class Generation:
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             cached_tokens=sum(usage.cached_tokens for usage in usages),
             cache_write_tokens=sum(usage.cache_write_tokens for usage in usages),
+            moved=tuple(moved for usage in usages for moved in usage.moved),
         )
 
     def prompt_index(self, choice: int) -> int:

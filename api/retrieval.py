@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stemcache.api.encoding import Tools
     from stemcache.api.schemas import ChatRequest
     from stemcache.engine.engine import Engine
+    from stemcache.engine.outputs import Usage
     from stemcache.ragcache.context_cache import ContextCache
     from stemcache.ragcache.preparation import Prepared, Space, Wish
 
@@ -60,7 +61,7 @@ class Retrieval:
                 "'rag.k'.",
                 param="truncate_prompt_tokens",
             )
-        prompt = Prompt(prepared.tokens, submitted=lambda: self._submitted(prepared))
+        prompt = Prompt(prepared.tokens, submitted=lambda: self._submitted(prepared), blend=prepared.blend)
         return ChatPrompt(prompt, prepared)
 
     async def _prepared(self, body: ChatRequest, tools: Tools, answer_tokens: int) -> Prepared | None:
@@ -122,11 +123,12 @@ def _question(body: ChatRequest) -> str:
     )
 
 
-def report(prepared: Prepared, cached_tokens: int) -> Json:
+def report(prepared: Prepared, usage: Usage) -> Json:
     """`rag` of the answer: which documents were used, and how much of each was not computed again."""
     from stemcache.ragcache.answer import sources
 
-    used = sources(prepared.retrieved, prepared.context.spans, cached_tokens, prepared.explanation)
+    spans = prepared.context.spans
+    used = sources(prepared.retrieved, spans, usage.cached_tokens, prepared.explanation, usage.moved)
     documents = []
     for each in used:
         passage = each.retrieved.passage
@@ -140,6 +142,8 @@ def report(prepared: Prepared, cached_tokens: int) -> Json:
                 "score": each.retrieved.score,
                 "tokens": each.tokens,
                 "cached_tokens": each.cached_tokens,
+                "moved_tokens": each.moved_tokens,
+                "computed_tokens": each.computed_tokens,
                 "reuse": each.reuse,
                 "why": each.why,
             }

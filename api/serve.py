@@ -16,6 +16,7 @@ from typing import NoReturn
 import uvicorn
 
 from stemcache.api import logs
+from stemcache.api.blending import switch_on_blending
 from stemcache.api.cold_options import cold_from, tenant_secret
 from stemcache.api.document_service import open_documents
 from stemcache.api.drain import Drain
@@ -57,6 +58,7 @@ def serve(options: argparse.Namespace) -> int:
         _log.info("serving %s at http://%s:%d/v1", engine.model_name, f"[{host}]" if ":" in host else host, port)
         drain = Drain()
         documents = stack.enter_context(open_documents(options, settings, engine))
+        switch_on_blending(options, settings, documents)
         app = create_app(
             engine,
             keyring=keyring,

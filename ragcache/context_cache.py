@@ -22,6 +22,7 @@ from stemcache.engine.engine import Engine
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.sampling import SamplingParams
 from stemcache.ragcache.answer import Answer, sources
+from stemcache.ragcache.blending import Blending
 from stemcache.ragcache.catalogue import Catalogue
 from stemcache.ragcache.compose import Context, Message, Template, compose
 from stemcache.ragcache.document_store import DocumentStore
@@ -49,6 +50,9 @@ class ContextCache:
         passage_tokens: documents are split into passages of so many tokens at most; None leaves them whole.
         system_prompt: what stands before the documents, in `ask`, `warm` and `pin`.
         clock: seconds since 1970.
+
+    Attributes:
+        blending: what allows `reuse="blend"`, which is off until it is switched on there.
 
     Raises CatalogueError, EmbedderError, MissingExtraError, InvalidRequestError.
     """
@@ -81,6 +85,7 @@ class ContextCache:
         self._catalogue = catalogue
         self._preparation = Preparation(engine, self._library)
         self._warming = Warming(self._preparation, self._documents)
+        self.blending = Blending(engine, self._documents)
 
     # -- documents -----------------------------------------------------------------------------------------------------
 
@@ -199,19 +204,18 @@ class ContextCache:
         template: Template | None = None,
         answer_tokens: int = 1,
     ) -> Prepared:
-        """The prompt of a conversation, with documents for `question`. Submit `tokens`, then call `submitted`.
+        """The prompt of a conversation, with documents for `question`. Submit `tokens` with `blend`, call `submitted`.
 
         Raises NoDocumentsError, ContextLengthError, EmbedderError.
         """
-        wish = wish or Wish()
+        wish = self._allowed(wish)
         self._documents.expire()
         epoch = self._documents.epoch
         found, notes = self._preparation.retrieve(space, question, wish)
-        return self._noted(
-            self._preparation.compose(
-                space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
-            )
+        prepared = self._preparation.compose(
+            space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
         )
+        return self._noted(prepared, wish)
 
     def prepare_given(
         self,
@@ -224,21 +228,14 @@ class ContextCache:
         answer_tokens: int = 1,
     ) -> Prepared:
         """`prepare` with documents (title, text) that the caller brought. None of them is left out."""
+        wish = self._allowed(wish)
         self._documents.expire()
         epoch = self._documents.epoch
         given = self._preparation.identify(space, documents)
-        return self._noted(
-            self._preparation.compose(
-                space,
-                epoch,
-                messages,
-                given,
-                wish or Wish(),
-                template=template,
-                answer_tokens=answer_tokens,
-                may_leave_out=False,
-            )
+        prepared = self._preparation.compose(
+            space, epoch, messages, given, wish, template=template, answer_tokens=answer_tokens, may_leave_out=False
         )
+        return self._noted(prepared, wish)
 
     def is_current(self, prepared: Prepared) -> bool:
         """Whether no document was changed since; then `submitted` has nothing to do. Does not wait."""
@@ -300,19 +297,32 @@ class ContextCache:
         first: Sequence[Message] = [{"role": "system", "content": system}] if system else []
         return first if question is None else [*first, {"role": "user", "content": question}]
 
-    def _noted(self, prepared: Prepared) -> Prepared:
+    def _allowed(self, wish: Wish | None) -> Wish:
+        wish = wish or Wish()
+        if wish.reuse == "blend":
+            self.blending.require_on()
+        return wish
+
+    def _noted(self, prepared: Prepared, wish: Wish) -> Prepared:
+        if wish.reuse == "blend":
+            prepared = self.blending.planned(prepared)
         self._documents.note(prepared.space.owner, prepared.marks)
+        if prepared.blend is not None:
+            self.blending.read(prepared)
         return prepared
 
     def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
         space = prepared.space
-        with self.engine.submit(prepared.tokens, params, tenant=space.tenant, cache_salt=space.cache_salt) as stream:
+        with self.engine.submit(
+            prepared.tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, blend=prepared.blend
+        ) as stream:
             self.submitted(prepared)
             deltas = list(stream)
         reason = deltas[-1].finish_reason
         assert reason is not None
         usage = stream.usage
-        used = sources(prepared.retrieved, prepared.context.spans, usage.cached_tokens, prepared.explanation)
+        spans = prepared.context.spans
+        used = sources(prepared.retrieved, spans, usage.cached_tokens, prepared.explanation, usage.moved)
         notes = (*prepared.notes, prepared.advice) if prepared.advice else prepared.notes
         return Answer("".join(delta.text for delta in deltas), reason, used, notes, usage)
 

@@ -28,7 +28,7 @@ def url() -> Iterator[str]:
 def programs() -> dict[str, str]:
     """All Python that a reader is shown, by where it stands."""
     found = {}
-    for name in ("README.md", "docs/structured-outputs.md", "docs/documents.md"):
+    for name in ("README.md", "docs/structured-outputs.md", "docs/documents.md", "docs/blend.md"):
         document = ROOT / name
         blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
         found |= {f"{document.stem} block {i}": block for i, block in enumerate(blocks)}
