@@ -83,7 +83,7 @@ soak-tiers: $(READY)  ## ten minutes of questions while the Redis server behind 
 	@$(BIN)/python benchmarks/soak_tiers.py
 
 bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
-	@for name in attention tree ttft decode answers codecs tiers policies queue_order retrieval; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for name in attention tree ttft decode answers codecs tiers policies queue_order retrieval blend; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 kernel-gate: $(READY)  ## compile every GPU kernel configuration for sm_80, sm_90 and sm_100 (no GPU needed)
 	@$(BIN)/python -m stemcache.kernels.triton_compile

@@ -25,6 +25,7 @@ from stemcache.engine.sampling import SamplingParams
 if TYPE_CHECKING:
     from stemcache.api.keys import Tenant
     from stemcache.api.schemas import SamplingRequest
+    from stemcache.engine.blend import Blend
     from stemcache.engine.engine import Engine
     from stemcache.engine.stream import Stream
     from stemcache.engine.tentative import Tentative
@@ -102,11 +103,17 @@ class Admission:
         return Admitted(self, context.tenant, salt, body.priority or 0)
 
     def submit(
-        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, submitted: Stream | None = None
+        self,
+        admitted: Admitted,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        blend: Blend | None = None,
+        submitted: Stream | None = None,
     ) -> WatchedStream:
         """Submit one prompt of an admitted request, unless it was. Raises what `Engine.submit` raises."""
         context, tenant = current(), admitted.tenant
-        stream = submitted or self.submit_tentatively(admitted, prompt, params, None)
+        stream = submitted or self._submit(admitted, prompt, params, blend=blend)
         watched = WatchedStream(stream, context, self._metrics, self._limits.seconds, lambda it: self._end(tenant, it))
         watched.on_first_token = lambda seconds: self.recent.note(
             tenant.id, admitted.cache_salt, watched.usage, seconds
@@ -116,17 +123,10 @@ class Admission:
         return watched
 
     def submit_tentatively(
-        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, tentative: Tentative | None
+        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, tentative: Tentative
     ) -> Stream:
         """Submit a prompt of which it is not known yet whether it is the request's; from any thread."""
-        return self._engine.submit(
-            prompt,
-            params,
-            tenant=admitted.tenant.id,
-            cache_salt=admitted.cache_salt,
-            priority=admitted.priority,
-            tentative=tentative,
-        )
+        return self._submit(admitted, prompt, params, tentative=tentative)
 
     def read(self, admitted: Admitted, prompt: Sequence[int]) -> None:
         """Have the engine read a prompt into the tenant's cache, after whatever the tenant waits for.
@@ -139,6 +139,25 @@ class Admission:
             tenant=admitted.tenant.id,
             cache_salt=admitted.cache_salt,
             priority=_AFTER_ALL_OTHERS,
+        )
+
+    def _submit(
+        self,
+        admitted: Admitted,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        blend: Blend | None = None,
+        tentative: Tentative | None = None,
+    ) -> Stream:
+        return self._engine.submit(
+            prompt,
+            params,
+            tenant=admitted.tenant.id,
+            cache_salt=admitted.cache_salt,
+            priority=admitted.priority,
+            blend=blend,
+            tentative=tentative,
         )
 
     def _end(self, tenant: Tenant, stream: WatchedStream) -> None:
@@ -157,9 +176,16 @@ class Admitted:
     cache_salt: bytes
     priority: int
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, submitted: Stream | None = None) -> WatchedStream:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        blend: Blend | None = None,
+        submitted: Stream | None = None,
+    ) -> WatchedStream:
         """submitted: the prompt's stream, if it has one already. Raises what `Engine.submit` raises."""
-        return self.admission.submit(self, prompt, params, submitted)
+        return self.admission.submit(self, prompt, params, blend=blend, submitted=submitted)
 
     def submit_tentatively(self, params: SamplingParams, prompt: Sequence[int], tentative: Tentative) -> Stream:
         """From any thread. Raises what `Engine.submit` raises."""

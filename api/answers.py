@@ -31,6 +31,7 @@ class ErrorAnswer(Answer):
 class PromptTokensDetails(Answer):
     cached_tokens: int
     cache_write_tokens: int
+    moved_tokens: int | None = None
 
 
 class UsageAnswer(Answer):
@@ -130,7 +131,9 @@ class RagDocument(Answer):
     score: float | None
     tokens: int
     cached_tokens: int
-    reuse: Literal["all", "part", "none"]
+    moved_tokens: int
+    computed_tokens: int
+    reuse: Literal["all", "part", "none", "moved"]
     why: str | None
 
 

@@ -1,4 +1,5 @@
-"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree`, `documents`, `cache` and `simulate`.
+"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree`, `documents`, `cache`, `blend-check` and
+`simulate`.
 
 Invariant: a user's mistake ends in one sentence on stderr and exit status 2, never in a traceback. Commands are
 imported when they run, so that `--help` does not wait for torch.
@@ -54,6 +55,10 @@ def _run(options: argparse.Namespace) -> int:
             from stemcache.api.simulate import simulate
 
             return simulate(options)
+        case "blend-check":
+            from stemcache.api.blending import blend_check
+
+            return blend_check(options)
         case "documents":
             from stemcache.api.document_commands import documents
 
@@ -93,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_document_options(serve)
+    serve.add_argument(
+        "--blend",
+        action="store_true",
+        help="let requests ask for reuse 'blend', which moves documents to other places and is not exact; the model is "
+        "tried first, and refused if its answers suffer",
+    )
+    _add_blend_options(serve)
 
     generate = commands.add_parser("generate", help="complete a prompt; text to stdout, usage to stderr")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to complete; - reads it from standard input")
@@ -101,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, default=128, help="tokens to generate at most (default: %(default)s)"
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+
+    check = commands.add_parser("blend-check", help="try whether a model's answers suffer when documents are moved")
+    _add_model_options(check)
+    _add_blend_options(check)
 
     commands.add_parser("demo", help="ask the demo model questions over HTTP and show what the cache saves")
     _add_cache_commands(commands)
@@ -134,6 +150,31 @@ def _add_document_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-documents", type=_positive, default=100_000, help="documents of one key (default: %(default)s)"
     )
+
+
+def _add_blend_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--blend-share",
+        type=_share,
+        default="0.15",
+        help="of each moved document, how much is computed again, from 0 to 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--blend-questions",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with questions to try the model on (the demo model has its own)",
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"not a number from 0 to 1: {text!r}")
+    return share
 
 
 def _add_document_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

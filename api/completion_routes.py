@@ -137,4 +137,4 @@ class CompletionRoutes:
 
 
 def _documents_used(prepared: Prepared, usage: Usage) -> dict[str, Any]:
-    return report(prepared, usage.cached_tokens)
+    return report(prepared, usage)

@@ -76,5 +76,5 @@ class RagOptions(RequestModel):
     )
     order: Literal["relevance", "cache"] = "relevance"
     max_shift: int | None = Field(default=None, description="Places that 'cache' may move a passage at most.")
-    reuse: Text = Field(default="prefix", description="Only 'prefix', which is exact.")
+    reuse: Text = Field(default="prefix", description="'prefix', which is exact, or 'blend' on a server with --blend.")
     explain: bool = Field(default=False, description="Say in full why something was computed; costs a little time.")

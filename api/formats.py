@@ -108,7 +108,9 @@ class Format(ABC):
 
 
 def _usage(usage: Usage) -> Json:
-    """`cached_tokens` is there even when it is 0: clients read a missing field as "not known"."""
+    """`cached_tokens` is there even when it is 0: clients read a missing field as "not known". `moved_tokens` are told
+    where there are any, for then the answer is not exactly the model's."""
+    moved = {"moved_tokens": usage.moved_tokens} if usage.moved_tokens else {}
     return {
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
@@ -117,6 +119,7 @@ def _usage(usage: Usage) -> Json:
             "prompt_tokens_details": {
                 "cached_tokens": usage.cached_tokens,
                 "cache_write_tokens": usage.cache_write_tokens,
+                **moved,
             },
         }
     }

@@ -18,6 +18,7 @@ from stemcache.engine.sampling import SamplingParams
 if TYPE_CHECKING:
     from stemcache.api.admission import Admitted
     from stemcache.api.watched_stream import WatchedStream
+    from stemcache.engine.blend import Blend
     from stemcache.engine.stream import Stream
 
 
@@ -26,13 +27,14 @@ class Prompt:
     """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off.
 
     submitted: to be called when the engine has it. started: when it has been read, with what of it was found.
-    stream: of its answer, where the engine has it already.
+    blend: which parts of it may be moved there. stream: of its answer, where the engine has it already.
     """
 
     token_ids: list[int]
     text: str | None = None
     submitted: Callable[[], None] | None = None
     started: Callable[[Usage], None] | None = None
+    blend: Blend | None = None
     stream: Stream | None = None
 
 
@@ -90,7 +92,7 @@ class Generation:
         streams: list[WatchedStream] = []
         try:
             for prompt in prompts:
-                streams.append(admitted.submit(prompt.token_ids, params, prompt.stream))
+                streams.append(admitted.submit(prompt.token_ids, params, blend=prompt.blend, submitted=prompt.stream))
                 streams[-1].on_start = prompt.started
                 if prompt.submitted is not None:
                     prompt.submitted()
@@ -109,6 +111,7 @@ class Generation:
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             cached_tokens=sum(usage.cached_tokens for usage in usages),
             cache_write_tokens=sum(usage.cache_write_tokens for usage in usages),
+            moved=tuple(moved for usage in usages for moved in usage.moved),
         )
 
     def prompt_index(self, choice: int) -> int:

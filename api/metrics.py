@@ -117,6 +117,7 @@ class EngineCollector(Collector):
             ("num_preemptions", "Times that a sequence gave its slots to an older one.", now.preemptions),
             ("prompt_tokens", "Tokens of the prompts that were started.", now.prompt_tokens),
             ("generation_tokens", "Tokens that were generated.", now.generated_tokens),
+            ("moved_tokens", "Prompt tokens that were moved to their places and not computed.", now.moved_tokens),
             ("prefix_cache_queries_tokens", "Prompt tokens that were looked up in the cache.", now.prompt_tokens),
         ):
             yield CounterMetricFamily(f"stemcache_{name}", what, value)

@@ -65,6 +65,7 @@ class Retrieval:
             prepared.tokens,
             submitted=lambda: self._submitted(prepared),
             started=lambda usage: self._started(prepared, usage),
+            blend=prepared.blend,
             stream=prepared.stream,
         )
         return ChatPrompt(prompt, prepared)
@@ -142,11 +143,12 @@ def _question(body: ChatRequest) -> str:
     )
 
 
-def report(prepared: Prepared, cached_tokens: int) -> Json:
+def report(prepared: Prepared, usage: Usage) -> Json:
     """`rag` of the answer: which documents were used, and how much of each was not computed again."""
     from stemcache.ragcache.answer import sources
 
-    used = sources(prepared.retrieved, prepared.context.spans, cached_tokens, prepared.explanation)
+    spans = prepared.context.spans
+    used = sources(prepared.retrieved, spans, usage.cached_tokens, prepared.explanation, usage.moved)
     documents = []
     for each in used:
         passage = each.retrieved.passage
@@ -160,6 +162,8 @@ def report(prepared: Prepared, cached_tokens: int) -> Json:
                 "score": each.retrieved.score,
                 "tokens": each.tokens,
                 "cached_tokens": each.cached_tokens,
+                "moved_tokens": each.moved_tokens,
+                "computed_tokens": each.computed_tokens,
                 "reuse": each.reuse,
                 "why": each.why,
             }

@@ -16,6 +16,7 @@ from typing import NoReturn
 import uvicorn
 
 from stemcache.api import logs
+from stemcache.api.blending import switch_on_blending
 from stemcache.api.cold_options import cold_from, tenant_secret
 from stemcache.api.document_service import open_documents
 from stemcache.api.drain import Drain
@@ -66,6 +67,7 @@ def serve(options: argparse.Namespace) -> int:
         secret = tenant_secret(options, settings, has_keys=keyring is not None)
         if documents is not None:
             stack.enter_context(Upkeep(documents, [Tenant.of("", secret)] if keyring is None else keyring.tenants))
+        switch_on_blending(options, settings, documents)
         app = create_app(
             engine,
             keyring=keyring,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Activity:
     """Sequences running and waiting, and the pool's chunks; the others are totals since the engine was made.
 
-    `cached_tokens` of the `prompt_tokens` of all requests that started were not computed but found in the store.
+    `cached_tokens` of the `prompt_tokens` of all requests that started were not computed but found in the store, and
+    `moved_tokens` of them were moved to their places.
     """
 
     running: int
@@ -27,6 +28,7 @@ class Activity:
     preemptions: int
     prompt_tokens: int
     cached_tokens: int
+    moved_tokens: int
     generated_tokens: int
     pool: Occupancy
 
@@ -38,6 +40,7 @@ class Activity:
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
+            moved_tokens=scheduler.moved_tokens,
             generated_tokens=generated_tokens,
             pool=store.occupancy(),
         )

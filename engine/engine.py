@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stemcache.engine import attention
 from stemcache.engine.activity import Activity
+from stemcache.engine.blend import Blend
 from stemcache.engine.cache import Cache
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.cold import ColdCache, ColdOptions, ColdStats
@@ -33,6 +34,7 @@ from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
 from stemcache.engine.grammar import GrammarCompiler
 from stemcache.engine.loop import EngineLoop
+from stemcache.engine.movable import require_movable
 from stemcache.engine.options import MAX_RUNNING, MAX_STEP_LOGITS, MAX_STEP_TOKENS, EngineOptions
 from stemcache.engine.outputs import Completion
 from stemcache.engine.pins import PinInfo
@@ -191,6 +193,7 @@ class Engine:
         tenant: bytes = b"",
         cache_salt: bytes = b"",
         priority: int = 0,
+        blend: Blend | None = None,
         tentative: Tentative | None = None,
     ) -> Stream:
         """Queue a prompt of token ids and return the stream of its deltas.
@@ -198,13 +201,17 @@ class Engine:
         tenant: requests of different tenants never share chunks, and tenants that wait take turns.
         cache_salt: nor do a tenant's requests with different salts.
         priority: which of a tenant's waiting requests goes first, the smallest.
+        blend: passages of the prompt that may be moved to their places if they were read alone. Not exact.
         tentative: compute it only while there is nothing else to do; its stream is good once it was kept.
-        Raises InvalidRequestError, ContextLengthError, EngineClosedError.
+        Raises InvalidRequestError, ContextLengthError, EngineClosedError, and BlendRefusedError as `require_movable`.
         """
         params = params or SamplingParams()
         self._loop.require_alive()
         self._request_check.require_tokens(prompt, params)
         room = self._request_check.room(len(prompt), params)
+        if blend is not None:
+            self._request_check.require_blend(prompt, params, blend)
+            self.require_movable()
         grammar = None if params.grammar is None else self.grammars.compile(params.grammar)
         rules = TokenRules.of(
             params, eos=self._eos, vocab_size=self.vocab_size, encode=lambda text: self.encode(text, False)
@@ -213,7 +220,9 @@ class Engine:
         if params.prompt_logprobs is not None:
             stream.prompt_logprobs.append(None)  # the first token's: nothing stands before it
         namespace = self.namespace(tenant, cache_salt)
-        request = Request(list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar, tentative)
+        request = Request(
+            list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar, blend, tentative
+        )
         self._salts.note(tenant, cache_salt)
         self._loop.submit(request)
         return stream
@@ -226,6 +235,12 @@ class Engine:
         self.cache.require_pin_room(prompt, tenant=PUBLIC)
         list(self.submit(prompt, SamplingParams(max_tokens=0), tenant=PUBLIC))
         return self.cache.pin(prompt, tenant=PUBLIC)
+
+    def require_movable(self) -> None:
+        """Raise BlendRefusedError unless tokens can be moved in this model, by its configuration and by trying it."""
+        require_movable(self._runner.config)
+        if not self._loop.mover.is_proved:
+            self._loop.call(lambda: self._loop.mover.prove_rotation(self._runner))
 
     def namespace(self, tenant: bytes = b"", cache_salt: bytes = b"") -> Namespace:
         """Where a tenant's chunks are, for one of its salts."""

@@ -5,6 +5,7 @@ EngineError
 │   ├── ContextLengthError     prompt longer than the model or the pool can hold
 │   └── GrammarError           the request's grammar led where no token can follow, or to a limit, while it ran
 ├── ModelLoadError             the checkpoint folder is missing, broken or of a kind that cannot be served exactly
+├── BlendRefusedError          documents cannot be moved in this model, or its answers suffer from it
 └── EngineClosedError          the engine was closed, or its thread died
 """
 
@@ -39,6 +40,10 @@ class GrammarError(InvalidRequestError):
 
 class ModelLoadError(EngineError):
     """The model cannot be loaded, or cannot be served exactly; the message says why and what to do."""
+
+
+class BlendRefusedError(EngineError):
+    """Position-independent reuse cannot be switched on for this model; the message says why, with figures."""
 
 
 class EngineClosedError(EngineError):

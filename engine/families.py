@@ -45,7 +45,7 @@ def require_served(config: Any) -> None:
 def context_length(config: Any) -> int:
     """Tokens that a sequence may have: the model's positions, or fewer where its rotation depends on the length."""
     length = int(config.max_position_embeddings)
-    for rope in _rope_parameters(config):
+    for rope in rope_parameters(config):
         if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
             original = rope.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
@@ -54,7 +54,7 @@ def context_length(config: Any) -> int:
     return length
 
 
-def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
+def rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
     """The rotation's parameters; models with mixed windows have one set for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if "rope_type" in parameters:

@@ -21,6 +21,7 @@ from stemcache.engine.cost import CostSurface
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.errors import EngineClosedError, EngineError, GrammarError
 from stemcache.engine.forget import Forgetting
+from stemcache.engine.mover import Mover
 from stemcache.engine.outputs import Delta, FinishReason
 from stemcache.engine.pins import Pins
 from stemcache.engine.policies import eviction_policy
@@ -67,6 +68,7 @@ class EngineLoop:
             watcher=cold.spiller if cold.tiers else None,
         )
         self.pins = Pins(self.store)
+        self.mover = Mover(self.store, pool, runner.inverse_frequencies)
         self.scheduler = Scheduler(
             self.store,
             max_step_tokens=max_step_tokens,
@@ -74,6 +76,7 @@ class EngineLoop:
             max_logit_rows=max_logit_rows,
             cache_first=cache_first,
             give_way=lambda: cold.restorer.give_way(),
+            mover=self.mover,
         )
         self.forgetting = Forgetting(self.store, pool, self.scheduler, self.pins)
         cold.spiller.keeps_out = self.forgetting.is_isolated
@@ -226,16 +229,16 @@ class EngineLoop:
         try:
             began = time.perf_counter()
             logits = self._runner.run(step)  # done when it returns; a device that runs behind must be waited for here
-            self._cost.observe([(e.start, e.stop - e.start) for e in step], time.perf_counter() - began)
+            self._cost.observe([(e.stop - e.n_rows, e.n_rows) for e in step], time.perf_counter() - began)
             self._commit(step)
             self._score_prompts(step, logits)
             self._end_unanswered(step)
             rows = self._rows_to_choose(step)
             if not rows:
                 return
-            sequences = list(rows)
+            sequences, picked = list(rows), list(rows.values())
             chosen = choose_tokens(
-                logits if len(rows) == len(logits) else logits[list(rows.values())],
+                logits if picked == list(range(len(logits))) else logits[picked],
                 [sequence.chooser for sequence in sequences],
                 [sequence.tokens for sequence in sequences],
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from stemcache.engine.blend import Moved
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -41,7 +43,9 @@ class Usage:
 
     `cache_write_tokens` of the prompt were computed and are in the store now, in chunks that this request was the first
     to publish. Cached and written ones together are at most the prompt. `evicted_tokens`, those that follow the cached
-    ones, were computed again: they had been cached after this very prefix, and were evicted.
+    ones, were computed again: they had been cached after this very prefix, and were evicted. `moved` are parts of the
+    prompt that were moved to their places (see stemcache.engine.blend): with any, the answer is not exactly the
+    model's.
     """
 
     prompt_tokens: int
@@ -49,6 +53,12 @@ class Usage:
     cached_tokens: int
     cache_write_tokens: int = 0
     evicted_tokens: int = 0
+    moved: tuple[Moved, ...] = ()
+
+    @property
+    def moved_tokens(self) -> int:
+        """Tokens of the prompt that were moved and not computed."""
+        return sum(len(each.kept) for each in self.moved)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from stemcache.engine.blend import Blend
 from stemcache.engine.errors import ContextLengthError, InvalidRequestError
 from stemcache.engine.sampling import SamplingParams
 
@@ -40,6 +41,18 @@ class RequestCheck:
             raise InvalidRequestError("this model has no tokenizer, so there is no text to stop at", param="stop")
         if params.bad_words and not self.has_text:
             raise InvalidRequestError("this model has no tokenizer, so it knows no words", param="bad_words")
+
+    def require_blend(self, prompt: Sequence[int], params: SamplingParams, blend: Blend) -> None:
+        """Raise InvalidRequestError unless the passages are parts of the prompt, and its logits are not asked for."""
+        if blend.passages and blend.passages[-1][1] > len(prompt):
+            raise InvalidRequestError(
+                f"the last passage ends at {blend.passages[-1][1]}, the prompt at {len(prompt)}", param="blend"
+            )
+        if params.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "log-probabilities of the prompt need all of it computed: leave them out, or do not blend",
+                param="prompt_logprobs",
+            )
 
     def require_ids(self, param: str, tokens: Iterable[int]) -> None:
         """Raise InvalidRequestError, naming `param`, for what is no token id of the model."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stemcache.engine.attention import StepContext
 from stemcache.engine.families import context_length, head_dim
 from stemcache.engine.fused import fuse_projections
+from stemcache.engine.movable import inverse_frequencies
 from stemcache.engine.scheduler import Scheduled
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
 from stemcache.prefixtree.layout import KVLayout
@@ -25,13 +26,14 @@ class ModelRunner:
     """A model, and the pool that holds its keys and values."""
 
     def __init__(self, model: PreTrainedModel, *, pool_bytes: int, chunk_tokens: int) -> None:
-        config = model.config
+        self.config = config = model.config
         self._model = model
         if model.device.type == "cpu":
             fuse_projections(model)
         self.device = model.device
         self.vocab_size = int(config.vocab_size)
         self.context_length = context_length(config)
+        self.inverse_frequencies = inverse_frequencies(model)
         self.layout = KVLayout(
             layers=int(config.num_hidden_layers),
             kv_heads=int(config.num_key_value_heads),
@@ -47,9 +49,10 @@ class ModelRunner:
         tokens: list[int] = []
         wanted: list[int] = []
         for entry in step:
-            wanted += [len(tokens) + position - entry.start for position in entry.logits]
-            tokens += entry.sequence.tokens[entry.start : entry.stop]
-        return self._forward([_rows(entry) for entry in step], tokens, wanted)
+            for run in entry.runs:
+                tokens += entry.sequence.tokens[run.start : run.stop]
+            wanted += [len(tokens) + position - entry.stop for position in entry.logits]
+        return self._forward([rows for entry in step for rows in _rows(entry)], tokens, wanted)
 
     def probe(self) -> None:
         """Run one token through the model, so that what it asks of its attention is refused now and not in a request.
@@ -58,12 +61,23 @@ class ModelRunner:
         """
         self._forward([SequenceRows(np.zeros(1, dtype=np.int32), 0, 1)], [0], [0])
 
+    def read_alone(self, slots: Seq[int], positions: Seq[int]) -> None:
+        """Read one token at several positions, each time as if nothing stood before it.
+
+        Its keys and values go to the beginnings of `slots`.
+        """
+        rows = [SequenceRows(np.array([slot], dtype=np.int32), 0, 1) for slot in slots]
+        self._forward(rows, [0] * len(rows), [0], torch.tensor(positions))
+
     @torch.inference_mode()
-    def _forward(self, rows: Seq[SequenceRows], tokens: list[int], wanted: list[int]) -> Tensor:
+    def _forward(
+        self, rows: Seq[SequenceRows], tokens: list[int], wanted: list[int], positions: Tensor | None = None
+    ) -> Tensor:
+        """positions: int64[T], what keys are rotated by; by default where they lie in their sequences."""
         plan = AttentionPlan.build(rows, chunk_tokens=self.layout.chunk_tokens)
         logits: Tensor = self._model(
             input_ids=torch.tensor([tokens], device=self.device),
-            position_ids=torch.from_numpy(plan.positions)[None].to(self.device),
+            position_ids=(torch.from_numpy(plan.positions) if positions is None else positions)[None].to(self.device),
             use_cache=False,
             logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=self.device),
             step=StepContext(plan, self.pool),
@@ -71,6 +85,8 @@ class ModelRunner:
         return logits[0].float()
 
 
-def _rows(entry: Scheduled) -> SequenceRows:
+def _rows(entry: Scheduled) -> list[SequenceRows]:
+    """The entry's runs. A layer appends the keys of all rows before any of them attends, so later runs see earlier."""
     assert entry.sequence.lease is not None
-    return SequenceRows(np.asarray(entry.sequence.lease.slots, dtype=np.int32), entry.start, entry.stop)
+    slots = np.asarray(entry.sequence.lease.slots, dtype=np.int32)
+    return [SequenceRows(slots, run.start, run.stop) for run in entry.runs]

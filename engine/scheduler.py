@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from stemcache.engine.mover import Mover
 from stemcache.engine.sequence import Request, Sequence
 from stemcache.engine.waiting import WaitingQueue
 from stemcache.prefixtree.errors import CapacityError
@@ -19,18 +20,29 @@ from stemcache.prefixtree.store import PrefixStore
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Positions [start, stop) of a sequence, to be computed in this step; those in `logits` give logits."""
+    """Positions of a sequence to be computed in this step, in runs; those in `logits`, the last ones, give logits."""
 
     sequence: Sequence
-    start: int
-    stop: int
+    runs: tuple[range, ...]
     logits: range
 
     @classmethod
     def of(cls, sequence: Sequence, count: int) -> Scheduled:
         """The next `count` tokens of a sequence."""
-        start, stop = sequence.computed, sequence.computed + count
-        return cls(sequence, start, stop, range(max(start, sequence.first_logits), stop))
+        runs = sequence.next_rows(count)
+        return cls(sequence, runs, range(max(runs[0].start, sequence.first_logits), runs[-1].stop))
+
+    @property
+    def start(self) -> int:
+        return self.runs[0].start
+
+    @property
+    def stop(self) -> int:
+        return self.runs[-1].stop
+
+    @property
+    def n_rows(self) -> int:
+        return sum(map(len, self.runs))
 
     @property
     def completes(self) -> bool:
@@ -48,6 +60,7 @@ class Scheduler:
         log-probabilities are asked for have such rows; what does not fit comes in the next step.
     cache_first: within a tenant, start those first whose prompts are cached for the most part.
     give_way: asked for slots before a sequence is preempted; True if some were given back.
+    mover: what moves passages to where they stand in a sequence that may be blended.
     """
 
     def __init__(
@@ -59,17 +72,20 @@ class Scheduler:
         max_logit_rows: int = 1 << 16,
         cache_first: bool = False,
         give_way: Callable[[], bool] = lambda: False,
+        mover: Mover | None = None,
     ) -> None:
         self._store = store
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
         self._max_logit_rows = max_logit_rows
         self._give_way = give_way
+        self._mover = mover
         self.waiting = WaitingQueue(self._cached_share if cache_first else None)
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.prompt_tokens = 0  # of the requests that started, and how many of them were cached
         self.cached_tokens = 0
+        self.moved_tokens = 0
 
     @property
     def is_idle(self) -> bool:
@@ -92,12 +108,13 @@ class Scheduler:
             count = 1 if sequence.remaining == 1 else budget.piece(sequence)
             if count == 0 or sequence.lease is None:  # no budget left, or preempted for one scheduled before
                 continue
-            if self._make_room(sequence, sequence.computed + count, step):
-                step[sequence] = Scheduled.of(sequence, count)
+            entry = Scheduled.of(sequence, count)
+            if self._make_room(sequence, entry.stop, step):
+                step[sequence] = entry
                 if count > 1:
                     budget.spend(step[sequence])
         for entry in step.values():
-            self.waiting.charge(entry.sequence.request.tenant, entry.stop - entry.start)
+            self.waiting.charge(entry.sequence.request.tenant, entry.n_rows)
         self._admit(step, budget)
         return list(step.values())
 
@@ -132,25 +149,31 @@ class Scheduler:
             if not self._start(sequence):
                 return
             step[sequence] = entry = Scheduled.of(sequence, budget.piece(sequence))
-            self.waiting.charge(sequence.request.tenant, entry.stop - entry.start)
+            self.waiting.charge(sequence.request.tenant, entry.n_rows)
             budget.spend(entry)
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a lease with slots for all its tokens; False when there are too few."""
-        lease = self._store.acquire(sequence.tokens[: sequence.first_logits], sequence.request.namespace)
+        request = sequence.request
+        if self._mover is not None and request.blend is not None:
+            self._mover.touch(request)  # so that making room for the sequence evicts others first
+        lease = self._store.acquire(sequence.tokens[: sequence.first_logits], request.namespace)
         try:
             lease.reserve(len(sequence.tokens))
         except CapacityError:
             lease.release(used=False)
             return False
+        if self._mover is not None and request.blend is not None:
+            sequence.moved = self._mover.move(request, lease)
         lease.claim(sequence.tokens)
         sequence.lease, sequence.computed = lease, lease.cached_tokens
-        request = sequence.request
         if request.cached_tokens is None:
             request.cached_tokens, request.evicted_tokens = lease.cached_tokens, lease.evicted_tokens
+            request.moved = sequence.moved
             request.stream.timing.start()
             self.prompt_tokens += len(request.prompt)
             self.cached_tokens += lease.cached_tokens
+            self.moved_tokens += sum(len(each.kept) for each in sequence.moved)
         self.waiting.start(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
         return True
@@ -216,5 +239,5 @@ class _Budget:
 
     def spend(self, entry: Scheduled) -> None:
         """Take what an entry needs."""
-        self.tokens -= entry.stop - entry.start
+        self.tokens -= entry.n_rows
         self.logit_rows -= max(0, len(entry.logits) - 1)

@@ -1,7 +1,8 @@
 """A request and its sequences: the engine's bookkeeping of one prompt and its choices.
 
-Invariant: the keys and values of `tokens[:computed]` lie in the slots of `lease`; a sequence without a lease has
-computed nothing. `tokens` is the prompt followed by what was generated, and only ever grows.
+Invariant: the keys and values of `tokens[:computed]` lie in the slots of `lease`, and those of the tokens that were
+moved there; a sequence without a lease has computed nothing. `tokens` is the prompt followed by what was generated, and
+only ever grows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+from stemcache.engine.blend import Blend, Moved
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.grammar import CompiledGrammar
 from stemcache.engine.outputs import FinishReason, Usage
@@ -27,7 +29,8 @@ _arrivals = itertools.count()
 class Request:
     """One prompt with its parameters, and where its deltas go. `max_tokens` is what is left of the context at most.
 
-    `tenant` is whom its tokens are charged to, and `priority` its rank within that tenant, the smallest first.
+    `tenant` is whom its tokens are charged to, and `priority` its rank within that tenant, the smallest first. `blend`
+    says which of its tokens may be moved to their places, and `moved` which ones were when it first started.
     `tentative` where it may be that nobody wants it.
     """
 
@@ -40,11 +43,13 @@ class Request:
     priority: int = 0
     rules: TokenRules | None = None
     grammar: CompiledGrammar | None = None
+    blend: Blend | None = None
     tentative: Tentative | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
     evicted_tokens: int = 0
+    moved: tuple[Moved, ...] = ()
     written_tokens: int = 0
     completion_tokens: int = 0
 
@@ -53,7 +58,7 @@ class Request:
         cached = self.cached_tokens or 0
         # Chunks that were published, evicted after a preemption and published again count once.
         written = min(self.written_tokens, len(self.prompt) - cached)
-        return Usage(len(self.prompt), self.completion_tokens, cached, written, self.evicted_tokens)
+        return Usage(len(self.prompt), self.completion_tokens, cached, written, self.evicted_tokens, self.moved)
 
     @property
     def step_tokens(self) -> int | None:
@@ -80,6 +85,7 @@ class Sequence:
     chooser: TokenChooser
     lease: Lease | None = None
     computed: int = 0
+    moved: tuple[Moved, ...] = ()
     finish_reason: FinishReason | None = None
     overtaken: int = 0  # by how many that came later and started before it, while it waited
     looked_below: bool = False
@@ -87,7 +93,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens whose keys and values are not computed yet; 1 while decoding."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.computed - sum(len(_after(m.kept, self.computed)) for m in self.moved)
 
     @property
     def first_logits(self) -> int:
@@ -102,6 +108,16 @@ class Sequence:
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
+    def next_rows(self, count: int) -> tuple[range, ...]:
+        """The positions of the next `count` tokens to compute, in runs between those that were moved."""
+        runs, begin = [], self.computed
+        for kept in (_after(m.kept, self.computed) for m in self.moved):
+            if kept and count > 0:
+                runs.append(range(begin, min(begin + count, kept.start)))
+                count -= len(runs[-1])
+                begin = kept.stop
+        return tuple(run for run in (*runs, range(begin, begin + count)) if run)
+
     @property
     def order(self) -> tuple[int, int]:
         """First come, first served; the choices of one request stand together."""
@@ -111,4 +127,9 @@ class Sequence:
         """Give the slots back; full chunks stay cached, so taking up the sequence again is cheap."""
         if self.lease is not None:
             self.lease.release()
-        self.lease, self.computed, self.looked_below = None, 0, False
+        self.lease, self.computed, self.moved, self.looked_below = None, 0, (), False
+
+
+def _after(positions: range, begin: int) -> range:
+    """Those of the positions that are not before `begin`."""
+    return range(max(positions.start, begin), positions.stop)

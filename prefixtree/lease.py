@@ -7,6 +7,7 @@ Invariant: `slots` is the tree path of the lease's node, which it pins, followed
     tokens   [0, cached_tokens)           were there when the lease began
              [0, committed_tokens)        have their keys and values in the slots
              [0, capacity_tokens)         have a place
+             [private_from, ..)           are never published (`keep_private`)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Self
 
 from stemcache.prefixtree.accounts import Lookup
 from stemcache.prefixtree.claims import Claim
-from stemcache.prefixtree.errors import StoreError
+from stemcache.prefixtree.errors import CapacityError, StoreError
 from stemcache.prefixtree.ledger import Ledger
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.tokens import encode_tokens
@@ -46,6 +47,7 @@ class Lease:
         self._live = live
         self._node = node
         self._committed = cached_tokens
+        self._private_from: int | None = None
         self._claim: Claim | None = None
 
     @property
@@ -78,6 +80,19 @@ class Lease:
     def released(self) -> bool:
         return self not in self._live
 
+    def keep_private(self, position: int) -> None:
+        """Publish nothing from `position` on, ever: what will lie there is not what the prefix gives.
+
+        Raises:
+            ValueError: what lies there is published already.
+            StoreError: the lease was released.
+        """
+        self._require_live()
+        n_published = self._node.depth * self._ledger.tree.chunk_tokens
+        if position < n_published:
+            raise ValueError(f"position {position} cannot be kept private: {n_published} tokens are published")
+        self._private_from = position if self._private_from is None else min(position, self._private_from)
+
     def reserve(self, n_tokens: int) -> None:
         """Hold slots for the positions [0, n_tokens), as a run after the last slot where possible.
 
@@ -100,13 +115,13 @@ class Lease:
             StoreError: the lease was released.
         """
         self._require_live()
-        claim = Claim(encode_tokens(tokens))
+        claim = Claim(encode_tokens(tokens[: self._private_from]))
         self._drop_claim()
         self._claim = claim
         self._ledger.claims.advance(self._claim, self._node)
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """Publish every chunk that is now full: the keys and values of `tokens` are in the slots.
+        """Publish every chunk that is now full and not kept private: the keys and values of `tokens` are in the slots.
 
         Where an equal chunk was published meanwhile, ours is freed and `slots` names theirs. O(new chunks): tokens that
         are published already are not looked at, so a decode step can call this for every token.
@@ -127,27 +142,37 @@ class Lease:
             )
         size = self._ledger.tree.chunk_tokens
         n_published = self._node.depth * size
-        if n_tokens - n_published >= size:
-            self._publish(encode_tokens(tokens[n_published : n_tokens - n_tokens % size]))
+        n_public = n_tokens if self._private_from is None else min(n_tokens, self._private_from)
+        if n_public - n_published >= size:
+            self._publish(encode_tokens(tokens[n_published : n_public - n_public % size]))
         self._committed = n_tokens
 
     def fork(self, n_tokens: int) -> Lease:
-        """Return a second lease on the first `n_tokens` tokens of this one. Full chunks are shared, the rest is copied.
+        """Return a second lease on the first `n_tokens` tokens of this one. Published chunks are shared, others copied.
 
         Raises:
             ValueError: more tokens than are committed, or a negative number.
-            CapacityError: no slot for the copy of the last, partial chunk. Nothing has changed then.
+            CapacityError: no slots for the copies. Nothing has changed then, except for what was evicted.
             StoreError: the lease was released.
         """
         self._require_live()
         if not 0 <= n_tokens <= self._committed:
             raise ValueError(f"fork at {n_tokens} tokens: {self._committed} are committed")
-        n_full, n_rest = divmod(n_tokens, self._ledger.tree.chunk_tokens)
-        node = self._node  # every full committed chunk is in the tree, so the fork's node is this one or an ancestor
-        while node.depth > n_full and node.parent is not None:
+        size = self._ledger.tree.chunk_tokens
+        node = self._node  # every full committed chunk that may be is in the tree, so the fork's node is on this path
+        while node.depth > n_tokens // size and node.parent is not None:
             node = node.parent
-        tail = [self._ledger.copy(self.slots[n_full], n_rest, after=None)] if n_rest else []
-        return Lease(self._ledger, self._live, node, tail, n_tokens)
+        tail: list[int] = []
+        try:
+            for depth in range(node.depth, self._chunks(n_tokens)):
+                count = min(size, n_tokens - depth * size)
+                tail.append(self._ledger.copy(self.slots[depth], count, after=tail[-1] if tail else None))
+        except CapacityError:
+            self._ledger.drop(tail)
+            raise
+        fork = Lease(self._ledger, self._live, node, tail, n_tokens)
+        fork._private_from = self._private_from
+        return fork
 
     def release(self, *, used: bool = True) -> None:
         """End the hold: committed full chunks stay cached, private slots are freed. Does nothing the second time.

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from stemcache.engine.blend import Moved
 from stemcache.engine.outputs import FinishReason, Usage
 from stemcache.prefixtree.explain import Explanation, Reason
 from stemcache.ragcache.documents import Retrieved
 
-Reuse = Literal["all", "part", "none"]
+Reuse = Literal["all", "part", "none", "moved"]
 
 _WHY = {
     Reason.EVICTED: "it was cached at this place and was evicted or cleared",
@@ -30,6 +31,7 @@ _WHY = {
 class Source:
     """A passage that the model was given, and how much of it did not have to be computed.
 
+    moved_tokens: those that were moved here from where the passage was read alone, which is not exact.
     why: in words, where something was computed.
     """
 
@@ -37,9 +39,16 @@ class Source:
     tokens: int
     cached_tokens: int
     why: str | None
+    moved_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.tokens - self.cached_tokens - self.moved_tokens
 
     @property
     def reuse(self) -> Reuse:
+        if self.moved_tokens:
+            return "moved"
         if self.cached_tokens == self.tokens:
             return "all"
         return "part" if self.cached_tokens else "none"
@@ -73,13 +82,18 @@ def sources(
     spans: Sequence[tuple[int, int]],
     cached_tokens: int,
     explanation: Explanation | None,
+    moved: Sequence[Moved] = (),
 ) -> tuple[Source, ...]:
     """What was reused of each document. `explanation`: of the prompt before it was computed, for fuller reasons."""
     told = []
     for each, (start, stop) in zip(retrieved, spans, strict=True):
         cached = max(0, min(stop, cached_tokens) - start)
-        why = None if cached == stop - start else _why(start, stop, cached_tokens, explanation)
-        told.append(Source(each, stop - start, cached, why))
+        n_moved = sum(len(part.kept) for part in moved if start <= part.start < stop)
+        if n_moved:
+            why: str | None = "it was read elsewhere and moved here; its beginning is computed again for each prompt"
+        else:
+            why = None if cached == stop - start else _why(start, stop, cached_tokens, explanation)
+        told.append(Source(each, stop - start, cached, why, n_moved))
     return tuple(told)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from stemcache.engine.blend import Blend
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.outputs import Usage
@@ -27,6 +28,7 @@ from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.stream import Stream
 from stemcache.engine.tentative import Tentative
 from stemcache.ragcache.answer import Answer, sources
+from stemcache.ragcache.blending import Blending
 from stemcache.ragcache.catalogue import Catalogue
 from stemcache.ragcache.compose import Context, Message, Template, compose
 from stemcache.ragcache.document_store import DocumentStore
@@ -60,6 +62,9 @@ class ContextCache:
         speculate: let the engine begin with the documents found so far, where searches take long enough. No answer
             changes.
         clock: seconds since 1970.
+
+    Attributes:
+        blending: what allows `reuse="blend"`, which is off until it is switched on there.
 
     Raises CatalogueError, EmbedderError, MissingExtraError, InvalidRequestError.
     """
@@ -96,6 +101,7 @@ class ContextCache:
         self._speculation = Speculation(engine, self._library, self.submitted)
         self._warming = Warming(self._preparation, self._documents)
         self._reuse = Reuse(engine.cache)
+        self.blending = Blending(engine, self._documents)
 
     # -- documents -----------------------------------------------------------------------------------------------------
 
@@ -230,25 +236,25 @@ class ContextCache:
         answer_tokens: int = 1,
         submit: Submit | None = None,
     ) -> Prepared:
-        """The prompt of a conversation, with documents for `question`. Submit `tokens`, then call `submitted`.
+        """The prompt of a conversation, with documents for `question`. Submit `tokens` with `blend`, call `submitted`.
 
         submit: how to submit prompts with the documents found so far, as long as the search goes on. The result has a
             `stream` then, if one of them was right. Not used with `explain`, which is about what comes before.
         Raises NoDocumentsError, ContextLengthError, EmbedderError.
         """
-        wish = wish or Wish()
+        wish = self._allowed(wish)
         self._documents.expire()
         epoch = self._documents.epoch
 
         def composed(found: Sequence[Retrieved]) -> Prepared:
             notes = self._preparation.notes_on(space, found, wish)
-            return self._noted(
-                self._preparation.compose(
-                    space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
-                )
+            prepared = self._preparation.compose(
+                space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
             )
+            return self._noted(prepared, wish)
 
-        if submit is None or wish.explain or not self._speculates:
+        # What is moved to its place costs so little that nothing is saved by beginning early.
+        if submit is None or wish.explain or wish.reuse == "blend" or not self._speculates:
             return self._asked_for(composed(self._library.search(space.owner, question, wish.k, wish.where)))
         return self._asked_for(self._speculation.prepare(space, question, wish, composed, submit))
 
@@ -263,20 +269,14 @@ class ContextCache:
         answer_tokens: int = 1,
     ) -> Prepared:
         """`prepare` with documents (title, text) that the caller brought. None of them is left out."""
+        wish = self._allowed(wish)
         self._documents.expire()
         epoch = self._documents.epoch
         given = self._preparation.identify(space, documents)
         prepared = self._preparation.compose(
-            space,
-            epoch,
-            messages,
-            given,
-            wish or Wish(),
-            template=template,
-            answer_tokens=answer_tokens,
-            may_leave_out=False,
+            space, epoch, messages, given, wish, template=template, answer_tokens=answer_tokens, may_leave_out=False
         )
-        return self._asked_for(self._noted(prepared))
+        return self._asked_for(self._noted(prepared, wish))
 
     def is_current(self, prepared: Prepared) -> bool:
         """Whether no document was changed since; then `submitted` has nothing to do. Does not wait."""
@@ -372,8 +372,18 @@ class ContextCache:
         first: Sequence[Message] = [{"role": "system", "content": system}] if system else []
         return first if question is None else [*first, {"role": "user", "content": question}]
 
-    def _noted(self, prepared: Prepared) -> Prepared:
+    def _allowed(self, wish: Wish | None) -> Wish:
+        wish = wish or Wish()
+        if wish.reuse == "blend":
+            self.blending.require_on()
+        return wish
+
+    def _noted(self, prepared: Prepared, wish: Wish) -> Prepared:
+        if wish.reuse == "blend":
+            prepared = self.blending.planned(prepared)
         self._documents.note(prepared.space.owner, prepared.marks)
+        if prepared.blend is not None:
+            self.blending.read(prepared)
         return prepared
 
     def _asked_for(self, prepared: Prepared) -> Prepared:
@@ -381,19 +391,27 @@ class ContextCache:
         return prepared
 
     def _submit(
-        self, tokens: Sequence[int], params: SamplingParams, space: Space, tentative: Tentative | None = None
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        space: Space,
+        tentative: Tentative | None = None,
+        blend: Blend | None = None,
     ) -> Stream:
-        return self.engine.submit(tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, tentative=tentative)
+        return self.engine.submit(
+            tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, tentative=tentative, blend=blend
+        )
 
     def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
-        with prepared.stream or self._submit(prepared.tokens, params, prepared.space) as stream:
+        with prepared.stream or self._submit(prepared.tokens, params, prepared.space, blend=prepared.blend) as stream:
             self.submitted(prepared)
             deltas = list(stream)
         self.started(prepared, stream.usage)
         reason = deltas[-1].finish_reason
         assert reason is not None
         usage = stream.usage
-        used = sources(prepared.retrieved, prepared.context.spans, usage.cached_tokens, prepared.explanation)
+        spans = prepared.context.spans
+        used = sources(prepared.retrieved, spans, usage.cached_tokens, prepared.explanation, usage.moved)
         notes = (*prepared.notes, prepared.advice) if prepared.advice else prepared.notes
         return Answer("".join(delta.text for delta in deltas), reason, used, notes, usage)
 

@@ -6,6 +6,7 @@ InvalidRequestError (engine)
 └── NoDocumentsError           there is nothing to retrieve from
 StemcacheError
 ├── CatalogueError             the file of documents cannot be opened, read or written
+├── CalibrationError           the questions that try whether documents can be moved cannot be used
 ├── EmbedderError              texts could not be embedded, or by another embedder than the catalogue's
 └── MissingExtraError          a library is not installed; the message names the command that does it
 """
@@ -40,6 +41,10 @@ class NoDocumentsError(InvalidRequestError):
 
 class CatalogueError(StemcacheError):
     """The catalogue's file cannot be used; the message says why and what to do."""
+
+
+class CalibrationError(StemcacheError):
+    """Questions that cannot be read, or are too few; the message says what is missing."""
 
 
 class EmbedderError(StemcacheError):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
+from stemcache.engine.blend import Blend
 from stemcache.engine.cache import Cache
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import ContextLengthError, InvalidRequestError
@@ -25,7 +26,7 @@ from stemcache.ragcache.order import cache_order
 from stemcache.ragcache.paths import Paths, space_of
 
 Order = Literal["relevance", "cache"]
-Reuse = Literal["prefix"]
+Reuse = Literal["prefix", "blend"]
 
 MAX_K: Final = 100
 
@@ -43,7 +44,8 @@ class Space:
 class Wish:
     """How to retrieve.
 
-    k: passages at most. order: as retrieved, or so that most of them is cached. reuse: "prefix" is exact.
+    k: passages at most. order: as retrieved, or so that most of them is cached.
+    reuse: "prefix" is exact; "blend" also moves passages that were read at another place (`ContextCache.blending`).
     where: metadata that documents must have: a value, or a list of which they must have one.
     max_shift: how many places `order="cache"` may move a passage at most; None for any.
     explain: look up why something is not cached; costs a wait for the engine's running step.
@@ -64,17 +66,16 @@ class Wish:
         if self.order not in get_args(Order):
             raise InvalidRequestError(f"order is 'relevance' or 'cache', not {self.order!r}", param="rag.order")
         if self.reuse not in get_args(Reuse):
-            raise InvalidRequestError(
-                f"reuse {self.reuse!r} is not available: only 'prefix' is, which is exact", param="rag.reuse"
-            )
+            raise InvalidRequestError(f"reuse is 'prefix' or 'blend', not {self.reuse!r}", param="rag.reuse")
         if self.max_shift is not None and self.max_shift < 0:
             raise InvalidRequestError("max_shift must be at least 0", param="rag.max_shift")
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt that is ready to be submitted. `epoch` is the document store's when the preparation began.
+    """A prompt that is ready to be submitted, with `blend` if it has one.
 
+    epoch: the document store's when the preparation began.
     stream: of its answer, where it was submitted already; to be read or cancelled.
     """
 
@@ -86,6 +87,7 @@ class Prepared:
     marks: tuple[tuple[int, Footprint], ...]
     explanation: Explanation | None = None
     advice: str | None = None
+    blend: Blend | None = None
     stream: Stream | None = None
 
     @property

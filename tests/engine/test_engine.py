@@ -104,6 +104,26 @@ def test_choices_fork_from_one_prefill(llama_engine):
     assert completions[0].usage.completion_tokens == 5
 
 
+def test_choices_beside_a_prompt_that_is_only_read(llama_engine):
+    """One prompt gives one row of logits for two choices, the other one row for none: as many rows as choices."""
+    engine = llama_engine()
+    expected = tokens_of(engine, PREFIX[:37])
+    engine.clear_cache()
+    started = threading.Event()
+    holder = threading.Thread(target=lambda: engine._loop.call(started.wait))
+    holder.start()  # both prompts wait until both are there, so that one step computes them
+    streams = [
+        engine.submit(prompt, SamplingParams(n=n, max_tokens=m, temperature=0, ignore_eos=True))
+        for prompt, n, m in ((PREFIX[40:77], 1, 0), (PREFIX[:37], 2, 6))
+    ]
+    started.set()
+    holder.join()
+    choices: dict[int, list[int]] = {}
+    for delta in list(streams[1]):
+        choices.setdefault(delta.index, []).extend(delta.token_ids)
+    assert choices == {0: expected, 1: expected}
+
+
 def test_each_choice_is_what_its_seed_gives_alone(llama_engine):
     engine = llama_engine()
     prompt = PREFIX[:37]
