@@ -29,6 +29,13 @@ OFFLINE = {
 }
 os.environ.update(OFFLINE)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """LangChain's standard tests have coroutines. Not in pyproject.toml: the plain run has no pytest-asyncio."""
+    if config.pluginmanager.hasplugin("asyncio"):
+        config.option.asyncio_mode = "auto"
+
+
 # The demo model's own template knows no tools. This one shows them, and writes calls, in the form of Hermes and Qwen.
 TOOLS_SHOWN = "{%- if tools -%}{{ '<|system|>As <tool_call>: ' + tools | tojson + '<|end|>' }}{%- endif -%}"
 
