@@ -3,28 +3,29 @@
     model = ChatStemcache(model="stemcache-demo")
     answer = model.invoke("What is the code of Velmora?", documents=retriever.invoke("Velmora"))
 
-Invariant: a request is ChatOpenAI's, plus `documents` and `rag`; an answer is ChatOpenAI's, plus the server's report
-of the documents in `response_metadata["rag"]`, where it makes one.
+Invariant: a request is langchain-openai's, plus `documents` and `rag`; so is an answer, plus the server's report of the
+documents in `response_metadata["rag"]`, where it makes one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from langchain_core.documents import Document
 from langchain_core.language_models import LangSmithParams, LanguageModelInput
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
 from langchain_core.utils import secret_from_env
-from langchain_openai import ChatOpenAI
+from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import Field, SecretStr
 
 from stemcache.ragcache.plugins.chat_fields import extra_body, template_document
 from stemcache.ragcache.plugins.client import DEFAULT_URL, NO_KEY
 
 
-class ChatStemcache(ChatOpenAI):
-    """ChatOpenAI for a stemcache server. `documents` and `rag` may be given to every call, or bound.
+class ChatStemcache(BaseChatOpenAI):
+    """What ChatOpenAI is for OpenAI, for a stemcache server. `documents` and `rag` may be given to every call, or bound.
 
     documents: texts, LangChain's documents (the title is the metadata's), or mappings with `title` and `text`.
     rag: have the server retrieve, such as `{"k": 4}`, or say how the documents are used: docs/documents.md.
@@ -36,9 +37,25 @@ class ChatStemcache(ChatOpenAI):
     openai_api_key: SecretStr | None = Field(
         default_factory=secret_from_env("STEMCACHE_API_KEY", default=NO_KEY), alias="api_key"
     )
-    # ChatOpenAI asks OpenAI's own address only, and the server always knows.
+    # Not ChatOpenAI: what that serialises is loaded again with the key of OPENAI_API_KEY.
+    # Usage of streams is asked from OpenAI's own address only unless this says so.
     stream_usage: bool | None = True
     use_responses_api: bool | None = False
+
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: Literal["function_calling", "json_mode", "json_schema"] = "json_schema",
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """As ChatOpenAI's: by its schema, which needs no tools in the chat template."""
+        made: Runnable[LanguageModelInput, Any] = super().with_structured_output(schema, method=method, **kwargs)
+        return made
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        return True
 
     @property
     def _llm_type(self) -> str:
