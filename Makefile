@@ -50,7 +50,7 @@ test-clients:  ## real clients against a real server (installs them beside the r
 clients-here: $(READY)
 	@echo "==> installing the clients"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[dev,clients]"
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[dev,clients,langchain,llamaindex,haystack]"
 	@$(BIN)/python -m pytest tests/clients
 
 test-page: $(READY)  ## the live page in a real Chromium (installs playwright, and Debian's Chromium if there is none)

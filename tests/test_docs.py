@@ -19,7 +19,13 @@ from stemcache.engine.demo import MODEL_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-ELSEWHERE = {"clients.md"}  # programs with libraries that only `make test-clients` installs, which runs them
+# Programs with libraries that only `make test-clients` installs, which runs them.
+ELSEWHERE = {
+    "clients.md",
+    "haystack.md",
+    "langchain.md",
+    "llamaindex.md",
+}
 
 
 @pytest.fixture(scope="module")

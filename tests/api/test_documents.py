@@ -24,6 +24,7 @@ from stemcache.api.document_answers import (
     DeletedDocuments,
     DocumentAnswer,
     DocumentList,
+    FoundPassages,
 )
 from stemcache.api.document_service import open_documents
 from stemcache.api.server_process import ServerProcess
@@ -317,7 +318,8 @@ def test_bad_wishes(alice: httpx.Client, rag: dict[str, Any], more: dict[str, An
         ({"text": " "}, "documents[0].text"),
         ({"title": "T"}, "documents[0].text"),
         ({"text": "T", "id": "a//b"}, "documents[0].id"),
-        ({"text": "T", "metadata": {"a": []}}, "documents[0].metadata.a"),
+        ({"text": "T", "metadata": {"a": "b" * 9000}}, "documents[0].metadata.a"),
+        ({"text": "T", "metadata": {"a": {"b": ["c" * 9000]}}}, "documents[0].metadata.a"),
         ({"text": "T", "ttl_seconds": 0}, "documents[0].ttl_seconds"),
         ({"text": "T", "colour": 1}, "documents[0].colour"),
     ],
@@ -326,6 +328,59 @@ def test_bad_documents(alice: httpx.Client, document: dict[str, Any], param: str
     error = refusal(alice.post("/v1/documents", json={"documents": [document]}))
     assert str(error["param"]).startswith(param), error
     assert alice.get("/v1/documents").json()["total"] == 0
+
+
+@pytest.mark.parametrize(
+    "metadata", ['{"a": NaN}', '{"a": {"b": 1e999}}', r'{"a": ["\ud800"]}', '{"a": ' + "[" * 17 + "]" * 17 + "}"]
+)
+def test_metadata_that_could_not_be_read_back(alice: httpx.Client, metadata: str) -> None:
+    body = f'{{"documents": [{{"text": "T", "metadata": {metadata}}}]}}'
+    response = alice.post("/v1/documents", content=body, headers={"Content-Type": "application/json"})
+    assert str(refusal(response)["param"]).startswith("documents[0].metadata.a")
+
+
+def test_metadata_is_what_it_was(alice: httpx.Client) -> None:
+    metadata = {"n": 1, "of": None, "pages": [1, 2.5, {"at": ["ü", True]}], "deep": json.loads("[" * 16 + "]" * 16)}
+    add(alice, [{"id": "a", "text": "T", "metadata": metadata}, {"id": "b", "text": "U", "metadata": {"n": [1]}}])
+    assert alice.get("/v1/documents/a").json()["metadata"] == metadata
+    assert [each.status for each in add(alice, [{"id": "a", "text": "T", "metadata": metadata}]).data] == ["unchanged"]
+    assert [each.id for each in search(alice, "T", filter={"n": 1}).data] == ["a"]
+
+
+def search(client: httpx.Client, query: str, **fields: Any) -> FoundPassages:
+    response = client.post("/v1/documents/search", json={"query": query} | fields)
+    assert response.status_code == 200, response.text
+    return FoundPassages.model_validate(response.json())
+
+
+def test_search_finds_what_chats_retrieve(alice: httpx.Client, bob: httpx.Client) -> None:
+    add(alice, DOCUMENTS)
+    for index, fields in ((0, {}), (1, {"k": 2}), (2, {"k": 5, "filter": {"n": [1, 2, 3]}})):
+        question = FACTS[index].facts[0].question
+        found = search(alice, question, **fields)
+        retrieved = chat(alice, question, rag=fields)["rag"]["documents"]
+        told = [(each.id, each.passage, each.version, each.title, each.score) for each in found.data]
+        assert told == [
+            tuple(each[name] for name in ("id", "passage", "version", "title", "score")) for each in retrieved
+        ]
+        assert found.data[0].id == DOCUMENTS[index]["id"]
+        assert found.data[0].text == DOCUMENTS[index]["text"]
+        assert found.data[0].metadata == {"n": index}
+        assert not found.notes
+    for nothing, why in ((search(bob, "What?"), "add some first"), (search(alice, "What?", filter={"n": 99}), "widen")):
+        assert not nothing.data
+        assert why in nothing.notes[0]
+    assert refusal(alice.post("/v1/documents/search", json={"query": "What?", "k": 0}))["param"] == "k"
+    assert refusal(alice.post("/v1/documents/search", json={"k": 1}))["param"] == "query"
+
+
+def test_a_list_has_texts_if_asked(alice: httpx.Client) -> None:
+    add(alice, DOCUMENTS[:3])
+    page = alice.get("/v1/documents", params={"text": True, "limit": 2}).json()
+    assert [each["text"] for each in page["data"]] == [
+        alice.get(f"/v1/documents/{each['id']}").json()["text"] for each in page["data"]
+    ]
+    assert "text" not in alice.get("/v1/documents").json()["data"][0]
 
 
 def test_there_is_a_limit(alice: httpx.Client) -> None:
