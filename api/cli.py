@@ -59,6 +59,10 @@ def _run(options: argparse.Namespace) -> int:
             from stemcache.api.blending import blend_check
 
             return blend_check(options)
+        case "bench":
+            from stemcache.api.bench import bench
+
+            return bench(options)
         case "documents":
             from stemcache.api.document_commands import documents
 
@@ -121,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="ask the demo model questions over HTTP and show what the cache saves")
     _add_cache_commands(commands)
     _add_simulate(commands)
+    _add_bench(commands)
     _add_document_commands(commands)
     _add_cold_commands(commands)
     return parser
@@ -238,6 +243,20 @@ def _add_cache_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         command.add_argument(
             "--url", default="http://127.0.0.1:8000", help="the server's address (default: %(default)s)"
         )
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("bench", help="measure a running server on prompts that share documents")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server's address (default: %(default)s)")
+    parser.add_argument("--requests", type=_positive, default=60, help="default: %(default)s")
+    parser.add_argument("--concurrency", type=_positive, default=4, help="requests at a time (default: %(default)s)")
+    parser.add_argument("--documents", type=_positive, default=20, help="of the catalogue (default: %(default)s)")
+    parser.add_argument("--k", type=_positive, default=3, help="documents in a prompt (default: %(default)s)")
+    parser.add_argument("--document-words", type=_positive, default=60, help="words of each (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=_positive, default=16, help="of each answer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="the same requests again; by default texts that nobody has seen")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a file, as SVG")
 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
