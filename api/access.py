@@ -27,7 +27,8 @@ _failures = logging.getLogger(__name__)
 
 REQUEST_ID: Final = "X-Request-Id"
 _GOOD_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_PROBES: Final = frozenset({"/health", "/metrics"})  # asked for every few seconds; their successes are for debugging
+# Asked for every few seconds, the last three by the live page; their successes are for debugging.
+_PROBES: Final = frozenset({"/health", "/metrics", "/v1/cache/stats", "/v1/cache/tree", "/v1/cache/requests"})
 
 
 class AccessMiddleware:

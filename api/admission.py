@@ -17,6 +17,7 @@ from stemcache.api.context import current
 from stemcache.api.errors import ApiError
 from stemcache.api.limits import Limits
 from stemcache.api.metrics import Metrics
+from stemcache.api.recent import RecentRequests
 from stemcache.api.watched_stream import WatchedStream
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.sampling import SamplingParams
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from stemcache.api.schemas import SamplingRequest
     from stemcache.engine.blend import Blend
     from stemcache.engine.engine import Engine
+    from stemcache.engine.stream import Stream
+    from stemcache.engine.tentative import Tentative
 
 _AFTER_ALL_OTHERS = 1 << 62  # a priority that no request has
 
@@ -73,6 +76,7 @@ class Admission:
         self._metrics = metrics
         self._limits = limits
         self._log_prompts = log_prompts
+        self.recent = RecentRequests()
         self._throughput = Throughput()
         self._live: dict[Tenant, set[WatchedStream]] = {}
 
@@ -99,22 +103,30 @@ class Admission:
         return Admitted(self, context.tenant, salt, body.priority or 0)
 
     def submit(
-        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, blend: Blend | None
+        self,
+        admitted: Admitted,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        blend: Blend | None = None,
+        submitted: Stream | None = None,
     ) -> WatchedStream:
-        """Submit one prompt of an admitted request. Raises what `Engine.submit` raises."""
+        """Submit one prompt of an admitted request, unless it was. Raises what `Engine.submit` raises."""
         context, tenant = current(), admitted.tenant
-        stream = self._engine.submit(
-            prompt,
-            params,
-            tenant=tenant.id,
-            cache_salt=admitted.cache_salt,
-            priority=admitted.priority,
-            blend=blend,
-        )
+        stream = submitted or self._submit(admitted, prompt, params, blend=blend)
         watched = WatchedStream(stream, context, self._metrics, self._limits.seconds, lambda it: self._end(tenant, it))
+        watched.on_first_token = lambda seconds: self.recent.note(
+            tenant.id, admitted.cache_salt, watched.usage, seconds
+        )
         context.streams.append(watched)
         self._live.setdefault(tenant, set()).add(watched)
         return watched
+
+    def submit_tentatively(
+        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, tentative: Tentative
+    ) -> Stream:
+        """Submit a prompt of which it is not known yet whether it is the request's; from any thread."""
+        return self._submit(admitted, prompt, params, tentative=tentative)
 
     def read(self, admitted: Admitted, prompt: Sequence[int]) -> None:
         """Have the engine read a prompt into the tenant's cache, after whatever the tenant waits for.
@@ -127,6 +139,25 @@ class Admission:
             tenant=admitted.tenant.id,
             cache_salt=admitted.cache_salt,
             priority=_AFTER_ALL_OTHERS,
+        )
+
+    def _submit(
+        self,
+        admitted: Admitted,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        blend: Blend | None = None,
+        tentative: Tentative | None = None,
+    ) -> Stream:
+        return self._engine.submit(
+            prompt,
+            params,
+            tenant=admitted.tenant.id,
+            cache_salt=admitted.cache_salt,
+            priority=admitted.priority,
+            blend=blend,
+            tentative=tentative,
         )
 
     def _end(self, tenant: Tenant, stream: WatchedStream) -> None:
@@ -145,9 +176,20 @@ class Admitted:
     cache_salt: bytes
     priority: int
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, blend: Blend | None = None) -> WatchedStream:
-        """Raises what `Engine.submit` raises."""
-        return self.admission.submit(self, prompt, params, blend)
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        blend: Blend | None = None,
+        submitted: Stream | None = None,
+    ) -> WatchedStream:
+        """submitted: the prompt's stream, if it has one already. Raises what `Engine.submit` raises."""
+        return self.admission.submit(self, prompt, params, blend=blend, submitted=submitted)
+
+    def submit_tentatively(self, params: SamplingParams, prompt: Sequence[int], tentative: Tentative) -> Stream:
+        """From any thread. Raises what `Engine.submit` raises."""
+        return self.admission.submit_tentatively(self, prompt, params, tentative)
 
     def read(self, prompt: Sequence[int]) -> None:
         """Have a prompt read into the cache; nobody waits for it. Raises what `Engine.submit` raises."""

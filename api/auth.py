@@ -1,6 +1,6 @@
-"""Authentication: who asks. Everything but /health and /ping needs a key, what does not exist included.
+"""Authentication: who asks. Everything but health and the live page's files needs a key, what does not exist included.
 
-Invariant: past this point a request has a tenant.
+Invariant: past this point a request has a tenant, unless it is for one of these.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stemcache.api.context import current
 from stemcache.api.errors import ApiError, error_response
 from stemcache.api.keys import Keyring, Tenant
+from stemcache.api.live_page import PATHS
 
-# What load balancers ask; /ping is the same for those of some clouds.
-_OPEN = ("/health", "/ping")
+# What load balancers ask, /ping being the same for those of some clouds; and the page that asks for a key.
+_OPEN = PATHS | {"/health", "/ping"}
 
 
 class InvalidKeyError(ApiError):

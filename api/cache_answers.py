@@ -158,6 +158,34 @@ class PinTotals(Answer):
     tokens: int
 
 
+class FirstTokens(Answer):
+    requests: int
+    median_seconds: float | None
+
+
+class FirstTokenTimes(Answer):
+    """Of the latest requests: those of whose prompt more than half was found, and the others."""
+
+    cached: FirstTokens
+    computed: FirstTokens
+
+
+class DocumentTier(Answer):
+    tokens: OwnAmount
+    bytes: OwnAmount
+
+
+class DocumentReuseAnswer(Answer):
+    id: str
+    title: str
+    tokens: int
+    requests: int
+    tiers: dict[str, DocumentTier]
+    hit_tokens: int
+    miss_tokens: int
+    misses: Misses
+
+
 class TenantStatistics(Answer):
     tiers: dict[str, OwnTier]
     prompts: int
@@ -166,6 +194,8 @@ class TenantStatistics(Answer):
     misses: Misses
     leases: int
     pins: PinTotals
+    first_token: FirstTokenTimes
+    documents: list[DocumentReuseAnswer]
 
 
 class CacheStatistics(Answer):
@@ -185,6 +215,7 @@ class TreeNode(Answer):
     depth: int
     chunks: int
     tokens: int
+    stored_tokens: int
     sharers: int
     children: int
     hidden_children: int
@@ -202,3 +233,19 @@ class CacheTree(Answer):
     children: int
     hidden_children: int
     nodes: list[TreeNode]
+
+
+class RecentRequestAnswer(Answer):
+    number: int
+    age_seconds: float
+    prompt_tokens: int
+    cached_tokens: int
+    evicted_tokens: int
+    first_token_seconds: float
+
+
+class CacheRequests(Answer):
+    """GET /v1/cache/requests."""
+
+    object: Literal["list"]
+    data: list[RecentRequestAnswer]

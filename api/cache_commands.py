@@ -25,6 +25,7 @@ from stemcache.prefixtree.errors import StemcacheError
 _STYLES: Final = {
     "hit": "green",
     "partial_chunk": "green",
+    "public": "green",
     "pending": "cyan",
     "evicted": "red",
     "other_position": "magenta",

@@ -16,9 +16,10 @@ from starlette.exceptions import HTTPException
 from stemcache.api import cache_answers as answers
 from stemcache.api.admission import Admission
 from stemcache.api.answers import documented
-from stemcache.api.cache_schemas import CacheQuery, PinPrompt, Prompt, TreeQuery
+from stemcache.api.cache_schemas import CacheQuery, PinPrompt, Prompt, RequestsQuery, StatsQuery, TreeQuery
 from stemcache.api.cold_metrics import cold_answer
 from stemcache.api.disconnect import until_disconnect
+from stemcache.api.document_routes import space_of
 from stemcache.api.errors import NotFoundError
 from stemcache.api.explain import report
 from stemcache.api.generation import Generation
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from stemcache.engine.cache import CacheStats
     from stemcache.engine.engine import Engine
     from stemcache.engine.pins import PinInfo
+    from stemcache.ragcache.context_cache import ContextCache
+    from stemcache.ragcache.preparation import Space
+    from stemcache.ragcache.reuse import DocumentReuse
 
 Json = dict[str, Any]
 PromptsOf = Callable[[CompletionRequest | ChatRequest], Awaitable[list[Tokens]]]
@@ -53,15 +57,25 @@ def _owner(salt: str | None) -> Owner:
 class CacheRoutes:
     """The routes. `prompts_of` reads prompts as the completion routes do; `show_text` allows the tree's text."""
 
-    def __init__(self, engine: Engine, admission: Admission, prompts_of: PromptsOf, *, show_text: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        admission: Admission,
+        prompts_of: PromptsOf,
+        documents: ContextCache | None,
+        *,
+        show_text: bool,
+    ) -> None:
         self._engine = engine
         self._admission = admission
         self._cache = engine.cache
         self._prompts_of = prompts_of
+        self._documents = documents
         self._show_text = show_text
 
     def add_to(self, app: FastAPI) -> None:
         app.get("/v1/cache/stats", **documented(answers.CacheStatistics))(self.stats)
+        app.get("/v1/cache/requests", **documented(answers.CacheRequests))(self.requests)
         app.get("/v1/cache/tree", **documented(answers.CacheTree))(self.tree)
         app.post("/v1/cache/explain", **documented(answers.CacheExplanation))(self.explain)
         app.post("/v1/cache/warm", **documented(answers.CacheWarm))(self.warm)
@@ -70,11 +84,20 @@ class CacheRoutes:
         app.post("/v1/cache/pin", **documented(answers.CachePin))(self.pin)
         app.delete("/v1/cache/pin/{pin_id}", **documented(answers.CacheUnpin))(self.unpin)
 
-    async def stats(self, query: Salted, request: Request) -> Json:
+    async def stats(self, query: Annotated[StatsQuery, Query()], request: Request) -> Json:
         """What is cached, in the whole pool and of the caller, and what the caller's requests found and missed."""
-        answer = _stats(await asyncio.to_thread(self._cache.stats, **_owner(query.cache_salt)))
+        owner = _owner(query.cache_salt)
+        answer = _stats(await asyncio.to_thread(self._cache.stats, **owner))
         answer["tiers"] |= cold_answer(await asyncio.to_thread(self._engine.cold_stats))
+        answer["tenant"]["first_token"] = self._admission.recent.first_tokens(**owner)
+        space = space_of(query.cache_salt)
+        answer["tenant"]["documents"] = await asyncio.to_thread(self._reuse, space, query.documents)
         return answer
+
+    async def requests(self, query: Annotated[RequestsQuery, Query()], request: Request) -> Json:
+        """The caller's latest requests, newest first: what of their prompts was found, and when their answer began."""
+        found = self._admission.recent.latest(query.limit, **_owner(query.cache_salt))
+        return {"object": "list", "data": found}
 
     async def tree(self, query: Annotated[TreeQuery, Query()], request: Request) -> Json:
         """The caller's prefix tree, level by level and latest first. Unbranched chains of chunks are one node."""
@@ -146,6 +169,12 @@ class CacheRoutes:
     def _text(self, tokens: Sequence[int]) -> str:
         return self._engine.prompts.decode(tokens, skip_special_tokens=False)
 
+    def _reuse(self, space: Space, limit: int) -> list[Json]:
+        if self._documents is None or not limit:
+            return []
+        size = self._engine.cache.layout.bytes_per_token
+        return [_document(each, size) for each in self._documents.reuse(limit, space=space)]
+
     def _draw(self, query: TreeQuery, owner: Owner) -> Json:
         tree = self._cache.tree(query.max_nodes, max_depth=query.depth, with_tokens=query.text, **owner)
         size = tree.chunk_tokens
@@ -164,6 +193,7 @@ class CacheRoutes:
                     "depth": branch.depth,
                     "chunks": branch.chunks,
                     "tokens": branch.chunks * size,
+                    "stored_tokens": branch.stored_chunks * size,
                     "sharers": branch.sharers,
                     "children": branch.children,
                     "hidden_children": branch.hidden_children,
@@ -186,6 +216,24 @@ def _computed(usage: Usage, cached_now: int) -> Json:
 def _pin(pin: PinInfo) -> Json:
     left = None if pin.expires_in is None else round(pin.expires_in, 3)
     return {"id": pin.id, "object": "cache.pin", "pinned_tokens": pin.tokens, "expires_in_seconds": left}
+
+
+def _document(each: DocumentReuse, bytes_per_token: int) -> Json:
+    cached = each.cached_tokens
+    return {
+        "id": each.document_id,
+        "title": each.title,
+        "tokens": each.tokens,
+        "requests": each.requests,
+        "tiers": {"device": {"tokens": {"cached": cached}, "bytes": {"cached": cached * bytes_per_token}}},
+        "hit_tokens": each.hit_tokens,
+        "miss_tokens": each.miss_tokens,
+        "misses": {
+            "evicted": each.evicted_tokens,
+            "unfinished_chunk": each.unfinished_tokens,
+            "new": each.new_tokens,
+        },
+    }
 
 
 def _stats(stats: CacheStats) -> Json:

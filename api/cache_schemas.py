@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from stemcache.api.recent import MAX_RECENT
 from stemcache.api.schemas import ChatRequest, CompletionRequest
 
 MAX_NODES = 5000
@@ -64,3 +65,15 @@ class TreeQuery(CacheQuery):
     max_nodes: int = Field(default=500, ge=1, le=MAX_NODES, description="Chunks to walk and show at most.")
     depth: int | None = Field(default=None, ge=1, description="Chunks from the root to go down at most.")
     text: bool = Field(default=False, description="With the cached text, where the server allows it.")
+
+
+class StatsQuery(CacheQuery):
+    """The query of GET /v1/cache/stats."""
+
+    documents: int = Field(default=100, ge=0, le=1000, description="Documents to tell of at most, the latest used.")
+
+
+class RequestsQuery(CacheQuery):
+    """The query of GET /v1/cache/requests."""
+
+    limit: int = Field(default=100, ge=1, le=MAX_RECENT, description="Requests to tell of at most.")

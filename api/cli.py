@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_server_options(serve)
     add_cold_options(serve)
     serve.add_argument(
+        "--public-corpus",
+        type=Path,
+        metavar="FILE",
+        help="requests, one a line, whose prompts are read at the start and found by all tenants",
+    )
+    serve.add_argument(
         "--show-cache-text", action="store_true", help="let GET /v1/cache/tree?text=true show what is cached"
     )
 

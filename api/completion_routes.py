@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from stemcache.api import answers
-from stemcache.api.admission import Admission
+from stemcache.api.admission import Admission, Admitted
 from stemcache.api.answers import documented
 from stemcache.api.best_of import best_choices
 from stemcache.api.disconnect import until_disconnect
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stemcache.engine.engine import Engine
     from stemcache.engine.outputs import Usage
     from stemcache.engine.sampling import SamplingParams
+    from stemcache.engine.stream import Stream
     from stemcache.ragcache.preparation import Prepared
 
 FormatOf = Callable[["Engine", Generation, AnswerOptions], Format]
@@ -58,24 +59,31 @@ class CompletionRoutes:
         require_model(body.model, self._engine.model_name)
         params = body.sampling_params()
         prompts = await completion_prompts(self._engine, body)
-        return await self._answer(body, prompts, params, CompletionFormat, request)
+        admitted = self._admission.admit(body, len(prompts))
+        return await self._answer(body, admitted, prompts, params, CompletionFormat, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions, with vLLM's `documents`."""
         require_model(body.model, self._engine.model_name)
+        submitted: Stream | None = None
         try:
             tools = await self._tools_of(body)
             params = tools.constrain(body.sampling_params())
-            made = await self._retrieval.prompt(body, tools.offered, params.max_tokens)
-            prepared, documents = made.prepared, None
+            admitted = self._admission.admit(body, 1)
+            submit = partial(admitted.submit_tentatively, params)
+            made = await self._retrieval.prompt(body, tools.offered, params.max_tokens, submit)
+            prepared, documents, submitted = made.prepared, None, made.prompt.stream
             # What the server retrieves for the next turn stands elsewhere, or is other documents.
             follow_up = None if prepared is not None else self._follow_up_of(body, tools)
             if prepared is not None and body.rag is not None:
                 documents = partial(_documents_used, prepared)
             format_of = partial(ChatFormat, tools=tools, documents=documents)
-            return await self._answer(body, [made.prompt], params, format_of, request, follow_up)
-        except InvalidRequestError as error:
-            error.param = body.name_of(error.param)
+            return await self._answer(body, admitted, [made.prompt], params, format_of, request, follow_up)
+        except BaseException as error:
+            if submitted is not None:
+                submitted.cancel()
+            if isinstance(error, InvalidRequestError):
+                error.param = body.name_of(error.param)
             raise
 
     async def prompts_of(self, body: CompletionRequest | ChatRequest) -> list[Prompt]:
@@ -89,6 +97,7 @@ class CompletionRoutes:
     async def _answer(
         self,
         body: SamplingRequest,
+        admitted: Admitted,
         prompts: list[Prompt],
         params: SamplingParams,
         format_of: FormatOf,
@@ -97,7 +106,7 @@ class CompletionRoutes:
     ) -> Response:
         if params.grammar is not None:  # kept for the submissions, so that the event loop does not wait for it
             await asyncio.to_thread(self._engine.grammars.compile, params.grammar)
-        generation = Generation.submit(self._admission.admit(body, len(prompts)), prompts, params)
+        generation = Generation.submit(admitted, prompts, params)
         if follow_up is not None:
             generation.when_complete = lambda choices: follow_up(generation, choices[0])
         shape = format_of(self._engine, generation, body.answer_options(params))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import JsonValue
+
 from stemcache.api.answers import Answer
 
 
@@ -14,13 +16,15 @@ class DocumentEntry(Answer):
     id: str
     object: Literal["document"]
     title: str
-    metadata: dict[str, str | int | float | bool]
+    metadata: dict[str, JsonValue]
     version: int
     content_hash: str
     passages: int
     created_at: float
     updated_at: float
     expires_at: float | None
+    pinned: bool
+    system_prompt: str | None
 
 
 class ChangedDocument(DocumentEntry):
@@ -47,9 +51,30 @@ class DocumentList(Answer):
     """GET /v1/documents."""
 
     object: Literal["list"]
-    data: list[DocumentEntry]
+    data: list[DocumentEntry | DocumentAnswer]
     has_more: bool
     total: int
+
+
+class FoundPassage(Answer):
+    """A document, or a piece of a long one. `score`: the cosine of its and the query's vectors."""
+
+    id: str
+    object: Literal["document.passage"]
+    passage: int
+    version: int
+    title: str
+    text: str
+    metadata: dict[str, JsonValue]
+    score: float
+
+
+class FoundPassages(Answer):
+    """POST /v1/documents/search. The best first; `notes` say why there are none."""
+
+    object: Literal["list"]
+    data: list[FoundPassage]
+    notes: list[str]
 
 
 class DeletedDocument(Answer):

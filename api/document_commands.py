@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,11 +22,9 @@ from rich.text import Text
 
 from stemcache.api.cache_client import ask_server
 from stemcache.prefixtree.errors import StemcacheError
+from stemcache.ragcache.batches import batches
 
 Json = dict[str, Any]
-
-_AT_ONCE = 32
-_BYTES_AT_ONCE = 1 << 20
 
 
 class DocumentFileError(StemcacheError):
@@ -56,7 +54,7 @@ def _add(options: argparse.Namespace) -> int:
     columns = TextColumn("adding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("adding", total=len(given))
-        for batch in _batches(given):
+        for batch in batches(given):
             answer = ask_server(options.url, "POST", "documents", json={"documents": batch})
             told.update(each["status"] for each in answer["data"])
             progress.advance(bar, len(batch))
@@ -112,20 +110,6 @@ def _read(path: Path) -> Iterator[Json]:
         if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
             raise DocumentFileError(f'{path}, line {number}: write {{"text": ...}}; id, title and metadata as you like')
         yield fields
-
-
-def _batches(documents: Sequence[Json]) -> Iterator[Sequence[Json]]:
-    """Few enough documents that the bar moves, and few enough bytes that a server takes them."""
-    batch: list[Json] = []
-    size = 0
-    for each in documents:
-        if batch and (len(batch) == _AT_ONCE or size + len(each["text"]) > _BYTES_AT_ONCE):
-            yield batch
-            batch, size = [], 0
-        batch.append(each)
-        size += len(each["text"])
-    if batch:
-        yield batch
 
 
 def _plain(text: str) -> str:

@@ -16,13 +16,14 @@ from fastapi import Body, FastAPI, Query, Request
 from stemcache.api import document_answers as answers
 from stemcache.api.answers import documented
 from stemcache.api.context import current
-from stemcache.api.document_schemas import AddDocuments, DeleteQuery, DocumentFields, ListQuery
+from stemcache.api.document_schemas import AddDocuments, DeleteQuery, DocumentFields, ListQuery, SearchDocuments
 from stemcache.api.errors import NoDocumentServiceError
 from stemcache.engine.errors import InvalidRequestError
+from stemcache.ragcache.errors import NoDocumentsError
 
 if TYPE_CHECKING:
     from stemcache.ragcache.context_cache import ContextCache
-    from stemcache.ragcache.documents import Change, Document, Record
+    from stemcache.ragcache.documents import Change, Document, Record, Retrieved
     from stemcache.ragcache.preparation import Space
 
 Json = dict[str, Any]
@@ -48,6 +49,7 @@ class DocumentRoutes:
         app.post("/v1/documents", **documented(answers.ChangedDocuments))(self.add)
         app.get("/v1/documents", **documented(answers.DocumentList))(self.list)
         app.delete("/v1/documents", **documented(answers.DeletedDocuments))(self.delete_several)
+        app.post("/v1/documents/search", **documented(answers.FoundPassages))(self.search)
         app.get("/v1/documents/{document_id:path}", **documented(answers.DocumentAnswer))(self.get)
         app.put("/v1/documents/{document_id:path}", **documented(answers.ChangedDocument))(self.put)
         app.delete("/v1/documents/{document_id:path}", **documented(answers.DeletedDocument))(self.delete)
@@ -63,13 +65,17 @@ class DocumentRoutes:
         return changed
 
     async def list(self, query: Annotated[ListQuery, Query()], request: Request) -> Json:
-        """The caller's documents in the order of their ids, without their texts."""
+        """The caller's documents in the order of their ids, with their texts if the query asks for them."""
         return await asyncio.to_thread(self._list, query, space_of())
+
+    async def search(self, body: SearchDocuments, request: Request) -> Json:
+        """The passages nearest to a query, as `rag` of a chat completion would retrieve them."""
+        return await asyncio.to_thread(self._search, body, space_of())
 
     async def get(self, document_id: str, request: Request) -> Json:
         """A document with its text."""
         record = await asyncio.to_thread(self._service.get, document_id, space=space_of())
-        return _entry(record) | {"text": record.document.text}
+        return _with_text(record)
 
     async def delete(self, document_id: str, request: Request) -> Json:
         """Delete a document and all keys and values that were computed from it."""
@@ -102,10 +108,24 @@ class DocumentRoutes:
         found = self._service.list(after=query.after, limit=query.limit + 1, space=space)
         return {
             "object": "list",
-            "data": [_entry(record) for record in found[: query.limit]],
+            "data": [(_with_text if query.text else _entry)(record) for record in found[: query.limit]],
             "has_more": len(found) > query.limit,
             "total": self._service.count(space=space),
         }
+
+    def _search(self, body: SearchDocuments, space: Space) -> Json:
+        from stemcache.ragcache.preparation import Wish
+
+        found: Sequence[Retrieved] = ()
+        notes = []
+        try:
+            found = self._service.retrieve(body.query, Wish(k=body.k, where=body.filter), space=space)
+        except NoDocumentsError as error:  # to find nothing is an answer here, as nobody wants to go on with it
+            notes.append(str(error))
+        except InvalidRequestError as error:
+            error.param = error.param and error.param.removeprefix("rag.")
+            raise
+        return {"object": "list", "data": [_found(each) for each in found], "notes": notes}
 
     def _delete_all(self, names: Sequence[str], space: Space) -> Sequence[Json]:
         for name in names:
@@ -129,6 +149,8 @@ def _document(document_id: str, fields: DocumentFields, path: str) -> Document:
             text=fields.text,
             metadata=fields.metadata,
             expires_at=None if fields.ttl_seconds is None else time.time() + fields.ttl_seconds,
+            pinned=fields.pinned,
+            system_prompt=fields.system_prompt,
         )
     except DocumentError as error:
         error.param = f"{path}{error.param}"
@@ -148,6 +170,26 @@ def _entry(record: Record) -> Json:
         "created_at": record.created_at,
         "updated_at": record.updated_at,
         "expires_at": document.expires_at,
+        "pinned": document.pinned,
+        "system_prompt": document.system_prompt,
+    }
+
+
+def _with_text(record: Record) -> Json:
+    return _entry(record) | {"text": record.document.text}
+
+
+def _found(retrieved: Retrieved) -> Json:
+    passage = retrieved.passage
+    return {
+        "id": passage.document_id,
+        "object": "document.passage",
+        "passage": passage.position,
+        "version": passage.version,
+        "title": passage.title,
+        "text": passage.text,
+        "metadata": dict(passage.metadata),
+        "score": retrieved.score,
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from stemcache.api.request_model import RequestModel, with_examples
 from stemcache.api.texts import Text
@@ -16,6 +16,9 @@ MAX_DOCUMENTS_AT_ONCE: Final = 1000
 _YEAR = 365 * 24 * 3600.0
 
 Value = Text | int | float | bool
+Filter = Annotated[
+    dict[str, Value | list[Value]], Field(description="Metadata that documents must have: a value, or one of a list.")
+]
 
 
 class DocumentFields(RequestModel):
@@ -25,9 +28,15 @@ class DocumentFields(RequestModel):
 
     text: Text
     title: Text = ""
-    metadata: dict[str, Value] = Field(default_factory=dict, description="What retrieval can filter by.")
+    metadata: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Retrieval can filter by its texts, numbers and booleans."
+    )
     ttl_seconds: Annotated[float, Field(gt=0, le=_YEAR, allow_inf_nan=False)] | None = Field(
         default=None, description="When the document is deleted by itself; by default never."
+    )
+    pinned: bool = Field(default=False, description="Read it now, and keep its keys and values from eviction.")
+    system_prompt: Text | None = Field(
+        default=None, description="What the chats say before the documents, of one that is pinned."
     )
 
 
@@ -52,6 +61,7 @@ class ListQuery(BaseModel):
 
     after: str = Field(default="", max_length=256, description="The last id of the page before.")
     limit: int = Field(default=100, ge=1, le=1000)
+    text: bool = Field(default=False, description="With their texts.")
 
 
 class DeleteQuery(BaseModel):
@@ -62,14 +72,22 @@ class DeleteQuery(BaseModel):
     id: list[str] = Field(min_length=1, max_length=MAX_DOCUMENTS_AT_ONCE)
 
 
+class SearchDocuments(RequestModel):
+    """POST /v1/documents/search."""
+
+    model_config = with_examples({"query": "What is the code of Velmora?", "k": 2})
+
+    query: Text
+    k: int = Field(default=4, description="Passages at most.")
+    filter: Filter | None = None
+
+
 class RagOptions(RequestModel):
     """`rag` of a chat completion: retrieve documents for it on the server, or say how given ones are to be used."""
 
     k: int = Field(default=4, description="Passages at most.")
     query: Text | None = Field(default=None, description="What to look for; by default the last user message.")
-    filter: dict[str, Value | list[Value]] | None = Field(
-        default=None, description="Metadata that documents must have: a value, or one of a list."
-    )
+    filter: Filter | None = None
     order: Literal["relevance", "cache"] = "relevance"
     max_shift: int | None = Field(default=None, description="Places that 'cache' may move a passage at most.")
     reuse: Text = Field(default="prefix", description="'prefix', which is exact, or 'blend' on a server with --blend.")

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
 from stemcache.engine.errors import EngineClosedError, InvalidRequestError
-from stemcache.prefixtree.errors import StemcacheError
+from stemcache.prefixtree.errors import StemcacheError, TierError
 from stemcache.ragcache.errors import CatalogueError, DocumentNotFoundError, EmbedderError
 
 # nginx's status for a client that went away. Nobody reads it; it tells the access log apart from an answer.
@@ -104,6 +104,8 @@ def describe(error: Exception) -> ErrorReply:
             return ErrorReply(502, str(error), type="server_error", code="embedder_failed")
         case CatalogueError():
             return ErrorReply(503, str(error), type="server_error", code="catalogue_failed")
+        case TierError():
+            return ErrorReply(503, str(error), type="server_error", code="tier_failed")
         case EngineClosedError():
             return ErrorReply(503, str(error), type="server_error", code="engine_closed")
         case _:
@@ -140,7 +142,7 @@ def _param_name(location: Sequence[str | int]) -> str | None:
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of `app` in OpenAI's form."""
-    ours = (ApiError, InvalidRequestError, EngineClosedError, EmbedderError, CatalogueError)
+    ours = (ApiError, InvalidRequestError, EngineClosedError, EmbedderError, CatalogueError, TierError)
     for kind in (*ours, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _reply)
     app.add_exception_handler(HTTPStatus.METHOD_NOT_ALLOWED, _other_methods)

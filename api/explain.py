@@ -16,6 +16,7 @@ Decode = Callable[[Sequence[int]], str]
 
 WHY: Final = {
     Reason.HIT: "cached as whole chunks, shared as they are",
+    Reason.PUBLIC: "cached in the server's public corpus, copied from it",
     Reason.PARTIAL_CHUNK: "cached as the beginning of a chunk, copied from it",
     Reason.PENDING: "another request is computing it now",
     Reason.EVICTED: "was cached here and has been evicted or cleared",

@@ -19,19 +19,23 @@ if TYPE_CHECKING:
     from stemcache.api.admission import Admitted
     from stemcache.api.watched_stream import WatchedStream
     from stemcache.engine.blend import Blend
+    from stemcache.engine.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt's tokens, and its text as the caller wrote it, where it was text and nothing was cut off.
 
-    submitted: to be called when the engine has it. blend: which parts of it may be moved there.
+    submitted: to be called when the engine has it. started: when it has been read, with what of it was found.
+    blend: which parts of it may be moved there. stream: of its answer, where the engine has it already.
     """
 
     token_ids: list[int]
     text: str | None = None
     submitted: Callable[[], None] | None = None
+    started: Callable[[Usage], None] | None = None
     blend: Blend | None = None
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,8 @@ class Generation:
         streams: list[WatchedStream] = []
         try:
             for prompt in prompts:
-                streams.append(admitted.submit(prompt.token_ids, params, prompt.blend))
+                streams.append(admitted.submit(prompt.token_ids, params, blend=prompt.blend, submitted=prompt.stream))
+                streams[-1].on_start = prompt.started
                 if prompt.submitted is not None:
                     prompt.submitted()
         except BaseException:

@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 MIN_KEY_LENGTH: Final = 16
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _READABLE_BY_OTHERS: Final = stat.S_IRGRP | stat.S_IROTH
+# Where container engines mount a secret, for its one container and with whatever mode it has outside.
+_MOUNTED: Final = Path("/run/secrets")
 
 
 class KeyFileError(StemcacheError):
@@ -58,7 +60,7 @@ class Keyring:
 
         Raises KeyFileError for a line that is none of these, OSError when the file cannot be read.
         """
-        if path.stat().st_mode & _READABLE_BY_OTHERS:
+        if path.stat().st_mode & _READABLE_BY_OTHERS and not path.is_relative_to(_MOUNTED):
             _log.warning("%s, the file of API keys, can be read by other users; run: chmod 600 %s", path, path)
         keys: dict[str, str] = {}
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -74,6 +76,11 @@ class Keyring:
         if not keys:
             raise KeyFileError(f"{path} holds no key; write 'name key' into a line")
         return cls(keys, secret)
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """Each once."""
+        return list(dict.fromkeys(tenant for _, tenant in self._tenants))
 
     def find(self, key: str) -> Tenant | None:
         """Whose key it is. All keys are compared, whether or not one has matched."""

@@ -18,6 +18,8 @@ from starlette.responses import Response
 
 from stemcache.api.cold_metrics import cold_metrics
 from stemcache.api.context import Outcome
+from stemcache.api.recent import is_cached
+from stemcache.engine.outputs import Usage
 from stemcache.engine.timing import Timing
 
 if TYPE_CHECKING:
@@ -52,7 +54,14 @@ class Metrics:
             ["finished_reason"],
             registry=self.registry,
         )
-        self._first = self._seconds("time_to_first_token", "From a request's arrival to its first token.", _FIRST)
+        first = Histogram(
+            "stemcache_time_to_first_token_seconds",
+            "From a request's arrival to its first token; cached: more than half of its prompt was found.",
+            ["prompt"],
+            buckets=_FIRST,
+            registry=self.registry,
+        )
+        self._cached, self._computed = first.labels("cached"), first.labels("computed")
         self._next = self._seconds("inter_token_latency", "From one token of a choice to its next.", _NEXT)
         self._whole = self._seconds("e2e_request_latency", "From a request's arrival to its last token.", _WHOLE)
         self._queue = self._seconds("request_queue_time", "From a prompt's submission to its start.", _WHOLE)
@@ -63,8 +72,8 @@ class Metrics:
         """Count an HTTP request; `route` is a path's template."""
         self._requests.labels(route, outcome).inc()
 
-    def first_token(self, seconds: float) -> None:
-        self._first.observe(seconds)
+    def first_token(self, seconds: float, usage: Usage) -> None:
+        (self._cached if is_cached(usage) else self._computed).observe(seconds)
 
     def next_token(self, seconds: float) -> None:
         self._next.observe(seconds)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stemcache.engine.outputs import Usage
     from stemcache.ragcache.context_cache import ContextCache
     from stemcache.ragcache.preparation import Prepared, Space, Wish
+    from stemcache.ragcache.speculation import Submit
 
 Json = dict[str, Any]
 
@@ -47,28 +48,39 @@ class Retrieval:
         self._documents = documents
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def prompt(self, body: ChatRequest, tools: Tools, answer_tokens: int | None) -> ChatPrompt:
-        """The prompt of a chat completion. Raises InvalidRequestError, EmbedderError, CatalogueError."""
+    async def prompt(
+        self, body: ChatRequest, tools: Tools, answer_tokens: int | None, submit: Submit | None = None
+    ) -> ChatPrompt:
+        """The prompt of a chat completion. Raises InvalidRequestError, EmbedderError, CatalogueError.
+
+        submit: how to submit it, or what may become it, as soon as it is known; then the prompt may have a stream.
+        """
         prepared = None
         if body.rag is not None or (body.documents and self._documents is not None):
             room = answer_tokens or min(_ANSWER_TOKENS, self._engine.max_model_len // 4)
-            prepared = await self._prepared(body, tools, room)
+            prepared = await self._prepared(body, tools, room, submit)
         if prepared is None:
             return ChatPrompt(await chat_prompt(self._engine, body, tools))
-        if body.truncate_prompt_tokens is not None:
-            raise InvalidRequestError(
-                "'truncate_prompt_tokens' would cut documents in pieces that are no documents: leave it out, or lower "
-                "'rag.k'.",
-                param="truncate_prompt_tokens",
-            )
-        prompt = Prompt(prepared.tokens, submitted=lambda: self._submitted(prepared), blend=prepared.blend)
+        prompt = Prompt(
+            prepared.tokens,
+            submitted=lambda: self._submitted(prepared),
+            started=lambda usage: self._started(prepared, usage),
+            blend=prepared.blend,
+            stream=prepared.stream,
+        )
         return ChatPrompt(prompt, prepared)
 
-    async def _prepared(self, body: ChatRequest, tools: Tools, answer_tokens: int) -> Prepared | None:
+    async def _prepared(
+        self, body: ChatRequest, tools: Tools, answer_tokens: int, submit: Submit | None
+    ) -> Prepared | None:
         if self._documents is None:
             raise NoDocumentServiceError
         space = space_of(body.cache_salt)
-        return await asyncio.to_thread(_prepare, self._documents, body, tools, answer_tokens, space)
+        return await asyncio.to_thread(_prepare, self._documents, body, tools, answer_tokens, space, submit)
+
+    def _started(self, prepared: Prepared, usage: Usage) -> None:
+        assert self._documents is not None
+        self._documents.started(prepared, usage)
 
     def _submitted(self, prepared: Prepared) -> None:
         """In the background where there is something to do, as that waits for the engine."""
@@ -82,16 +94,22 @@ class Retrieval:
 
 
 def _prepare(
-    documents: ContextCache, body: ChatRequest, tools: Tools, answer_tokens: int, space: Space
+    documents: ContextCache, body: ChatRequest, tools: Tools, answer_tokens: int, space: Space, submit: Submit | None
 ) -> Prepared | None:
     """None where the request has no `rag`, and documents that are nobody's."""
     messages = [message.for_template() for message in body.messages]
     template = template_fields(body, tools)
     given = [(document.title, document.text) for document in body.documents or ()]
     wish = _wish(body.rag)
+    if given and body.rag is None and not documents.knows_any(given, space=space):
+        return None
+    if body.truncate_prompt_tokens is not None:
+        raise InvalidRequestError(
+            "'truncate_prompt_tokens' would cut documents in pieces that are no documents: leave it out, or lower "
+            "'rag.k'.",
+            param="truncate_prompt_tokens",
+        )
     if given:
-        if body.rag is None and not documents.knows_any(given, space=space):
-            return None
         named = () if body.rag is None else sorted(body.rag.model_fields_set & {"k", "query", "filter"})
         for name in named:
             raise InvalidRequestError(
@@ -102,7 +120,9 @@ def _prepare(
         )
     assert body.rag is not None
     question = body.rag.query or _question(body)
-    return documents.prepare(messages, question, wish, space=space, template=template, answer_tokens=answer_tokens)
+    return documents.prepare(
+        messages, question, wish, space=space, template=template, answer_tokens=answer_tokens, submit=submit
+    )
 
 
 def _wish(options: RagOptions | None) -> Wish:

@@ -21,12 +21,14 @@ from stemcache.api.cold_options import cold_from, tenant_secret
 from stemcache.api.document_service import open_documents
 from stemcache.api.drain import Drain
 from stemcache.api.draining_server import DrainingServer
-from stemcache.api.keys import Keyring
+from stemcache.api.keys import Keyring, Tenant
 from stemcache.api.limits import Limits
 from stemcache.api.loading import load_engine
+from stemcache.api.public_corpus import warm_public_corpus
 from stemcache.api.server import create_app
 from stemcache.api.settings import Settings
 from stemcache.api.tracing import exported_spans
+from stemcache.api.upkeep import Upkeep
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ _CANCEL_SECONDS = 5
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM.
 
-    Raises StemcacheError for a bad model or file of keys, OSError for a file or a port that cannot be had.
+    Raises StemcacheError for a bad model, file of keys or public corpus, OSError for a file or a port that cannot be
+    had.
     """
     signal.signal(signal.SIGTERM, _exit)
     logs.configure()
@@ -56,13 +59,19 @@ def serve(options: argparse.Namespace) -> int:
         if keyring is None and not ipaddress.ip_address(host).is_loopback:
             _log.warning("listening on %s without API keys: whoever can reach it can use it; see --api-keys", host)
         _log.info("serving %s at http://%s:%d/v1", engine.model_name, f"[{host}]" if ":" in host else host, port)
+        if options.public_corpus is not None:
+            n_tokens = warm_public_corpus(engine, options.public_corpus)
+            _log.info("%s tokens of %s are cached for all tenants", f"{n_tokens:,}", options.public_corpus)
         drain = Drain()
         documents = stack.enter_context(open_documents(options, settings, engine))
+        secret = tenant_secret(options, settings, has_keys=keyring is not None)
+        if documents is not None:
+            stack.enter_context(Upkeep(documents, [Tenant.of("", secret)] if keyring is None else keyring.tenants))
         switch_on_blending(options, settings, documents)
         app = create_app(
             engine,
             keyring=keyring,
-            secret=tenant_secret(options, settings, has_keys=keyring is not None),
+            secret=secret,
             limits=limits_from(options),
             drain=drain,
             spans=exported_spans(engine.model_name) if settings.traces_endpoint else None,

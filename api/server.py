@@ -19,12 +19,14 @@ from stemcache.api.answers import documented
 from stemcache.api.auth import AuthMiddleware
 from stemcache.api.cache_routes import CacheRoutes
 from stemcache.api.completion_routes import CompletionRoutes
+from stemcache.api.document_metrics import DocumentCollector
 from stemcache.api.document_routes import DocumentRoutes
 from stemcache.api.drain import Drain, DrainMiddleware
 from stemcache.api.errors import add_error_handlers, require_model
 from stemcache.api.head import HeadAsGet
 from stemcache.api.keys import Keyring, Tenant
 from stemcache.api.limits import BodyLimitMiddleware, Limits
+from stemcache.api.live_page import add_live_page
 from stemcache.api.metrics import Metrics
 from stemcache.api.retrieval import Retrieval
 from stemcache.api.token_routes import TokenRoutes
@@ -64,14 +66,17 @@ def create_app(
     app.add_middleware(AuthMiddleware, keyring=keyring, anonymous=Tenant.of("", secret or secrets.token_bytes(32)))
     app.add_middleware(AccessMiddleware, metrics=metrics, spans=spans)
     add_error_handlers(app)
+    if documents is not None:
+        metrics.registry.register(DocumentCollector(documents))
     admission = Admission(engine, metrics, limits, log_prompts=log_prompts)
     completions = CompletionRoutes(engine, admission, Retrieval(engine, documents))
     completions.add_to(app)
     TokenRoutes(engine).add_to(app)
-    CacheRoutes(engine, admission, completions.prompts_of, show_text=show_cache_text).add_to(app)
+    CacheRoutes(engine, admission, completions.prompts_of, documents, show_text=show_cache_text).add_to(app)
     DocumentRoutes(documents, max_documents=limits.documents).add_to(app)
     ServerRoutes(engine).add_to(app)
     app.add_route("/metrics", metrics.serve)
+    add_live_page(app)
     return app
 
 

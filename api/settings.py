@@ -23,7 +23,8 @@ class Settings:
     embeddings_api_key: STEMCACHE_EMBEDDINGS_API_KEY, for the endpoint of `--embedder`.
     traces_endpoint: OTEL_EXPORTER_OTLP_ENDPOINT.
     has_secret: whether the secret was given, and will be the same at the next start.
-    cold_password: STEMCACHE_COLD_PASSWORD, of the Redis server that `--cold` names.
+    cold_password: STEMCACHE_COLD_PASSWORD, or the contents of the file STEMCACHE_COLD_PASSWORD_FILE, of the Redis
+        server that `--cold` names.
     cache_home: XDG_CACHE_HOME.
     """
 
@@ -38,11 +39,9 @@ class Settings:
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Raises OSError when the secret's file cannot be read."""
-        keys_file, secret_file = environ.get("STEMCACHE_API_KEYS_FILE"), environ.get("STEMCACHE_SECRET_FILE")
-        secret = environ.get("STEMCACHE_SECRET", "").encode()
-        if not secret and secret_file:
-            secret = Path(secret_file).read_bytes().strip()
+        """Raises OSError when a secret's file cannot be read."""
+        keys_file = environ.get("STEMCACHE_API_KEYS_FILE")
+        secret = _secret("STEMCACHE_SECRET", environ)
         return cls(
             api_keys_file=Path(keys_file) if keys_file else None,
             api_key=environ.get("STEMCACHE_API_KEY") or None,
@@ -50,9 +49,15 @@ class Settings:
             embeddings_api_key=environ.get("STEMCACHE_EMBEDDINGS_API_KEY") or None,
             traces_endpoint=environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
             has_secret=bool(secret),
-            cold_password=environ.get("STEMCACHE_COLD_PASSWORD") or None,
+            cold_password=_secret("STEMCACHE_COLD_PASSWORD", environ).decode() or None,
             cache_home=Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else None,
         )
+
+
+def _secret(name: str, environ: Mapping[str, str]) -> bytes:
+    """A variable's value, or the contents of the file that the variable with `_FILE` names; empty without either."""
+    value, file = environ.get(name, ""), environ.get(f"{name}_FILE")
+    return value.encode() if value or not file else Path(file).read_bytes().strip()
 
 
 def client_api_key() -> str | None:

@@ -5,13 +5,12 @@ Invariant: what is asked for is enforced in full or refused; `strict` changes no
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stemcache.api.request_model import RequestModel
-from stemcache.api.texts import Text
+from stemcache.api.texts import Text, json_object
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.grammar import Grammar
 
@@ -69,15 +68,7 @@ class StructuredOutputs(RequestModel):
     @field_validator("json_")
     @classmethod
     def _parse_json(cls, schema: Schema | str | None) -> Schema | str | None:
-        if not isinstance(schema, str):
-            return schema
-        try:
-            parsed = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"must be a JSON schema: {error}") from None
-        if not isinstance(parsed, dict):
-            raise ValueError("must be a JSON schema, which is an object")
-        return parsed
+        return json_object(schema) if isinstance(schema, str) else schema
 
     @model_validator(mode="after")
     def _check_one(self) -> StructuredOutputs:

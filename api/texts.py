@@ -1,10 +1,11 @@
-"""Text in requests, and the four forms of a completion's prompt.
+"""Text in requests, JSON within it, and the four forms of a completion's prompt.
 
 Invariant: every text that gets past here can be encoded as UTF-8.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, PlainValidator
@@ -20,6 +21,17 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object that a field holds as text. Raises ValueError, which says what it is instead."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"must be JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError("must be a JSON object")
+    return parsed
 
 
 def _parse_prompts(value: Any) -> list[str] | list[list[int]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from stemcache.api.request_model import RequestModel
-from stemcache.api.texts import Text
+from stemcache.api.texts import Text, json_object
 from stemcache.api.tool_formats import PLAIN, Function, ToolFormat, detect
 from stemcache.api.tool_parser import ToolCallParser
 from stemcache.engine.errors import InvalidRequestError
@@ -92,12 +92,7 @@ class CalledFunction(RequestModel):
     @field_validator("arguments")
     @classmethod
     def _check_arguments(cls, arguments: str) -> str:
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"must be JSON: {error}") from None
-        if not isinstance(parsed, dict):
-            raise ValueError("must be a JSON object")
+        json_object(arguments)
         return arguments
 
 

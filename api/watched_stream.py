@@ -32,7 +32,12 @@ class RequestTimeoutError(ApiError):
 
 
 class WatchedStream:
-    """Read it as a Stream, in an `async for`. Made in the event loop that reads it."""
+    """Read it as a Stream, in an `async for`. Made in the event loop that reads it.
+
+    Attributes:
+        on_first_token: called with the seconds from the request's arrival, if anything is generated.
+        on_start: called when its prompt has been read: `usage` then says what of it was found.
+    """
 
     def __init__(
         self,
@@ -47,6 +52,8 @@ class WatchedStream:
         self._metrics = metrics
         self._seconds = seconds
         self._on_end = on_end
+        self.on_first_token: Callable[[float], None] | None = None
+        self.on_start: Callable[[Usage], None] | None = None
         self._has_ended = self._is_late = False
         self._timer: asyncio.TimerHandle | None = None
         if seconds is not None:
@@ -89,12 +96,20 @@ class WatchedStream:
     def _observe(self, delta: Delta, latest: dict[int, float]) -> None:
         now = time.perf_counter()
         if not latest:
-            self._metrics.first_token(now - self._context.started)
+            self._begin(delta, now - self._context.started)
         elif delta.index in latest:
             self._metrics.next_token(now - latest[delta.index])
         latest[delta.index] = now
         if delta.finish_reason is not None:
             self._metrics.choice(delta.finish_reason)
+
+    def _begin(self, delta: Delta, seconds: float) -> None:
+        """The first delta has come. One without a token ends a request that only wanted its prompt read."""
+        self._metrics.first_token(seconds, self.usage)
+        if self.on_first_token is not None and delta.token_ids:
+            self.on_first_token(seconds)
+        if self.on_start is not None:
+            self.on_start(self.usage)
 
     def _expire(self) -> None:
         """Out of time. The engine ends the stream after its running step, and then the reader is told why."""

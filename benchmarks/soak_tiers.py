@@ -33,9 +33,8 @@ from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.cold import ColdOptions
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, random_corpus
-from stemcache.engine.load_cost import LoadCost
 from stemcache.engine.prompts import Prompts
-from stemcache.engine.restore import LoadBudget
+from stemcache.engine.restoration import LoadBudget
 from stemcache.engine.spill import ColdPolicy
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -44,13 +43,6 @@ HOST_BYTES = 4 << 20
 AT_A_TIME = 4
 ENGINE_SECONDS = 45.0
 GROWTH = 1.1
-
-
-class Always(LoadCost):
-    """The demo model computes as fast as it loads: without this little would be loaded."""
-
-    def advises(self, tier: str, n_tokens: int) -> bool:
-        return True
 
 
 @dataclass
@@ -180,16 +172,18 @@ def one_engine(
     end: float,
 ) -> Iterator[None]:
     """Ask one engine for a while; yields now and then. At its end nothing may be held."""
-    cold = ColdOptions(url, HOST_BYTES, policy=policy, budget=LoadBudget(0.2, 0.5), cost=Always(2048))
+    cold = ColdOptions(url, HOST_BYTES, policy=policy, budget=LoadBudget(0.2, 0.5))
     end = min(end, time.monotonic() + ENGINE_SECONDS)
     with Engine(checkpoint, "demo", pool_bytes=POOL_BYTES, cold=cold) as engine:
-        compute = engine._loop.cold.computed
+        # The demo model computes as fast as it loads: without this little would be loaded.
+        engine._loop.cold.cost.advises = lambda *asked: True  # type: ignore[method-assign]
+        observe = engine.cost.observe
 
-        def computed(n_tokens: int, seconds: float) -> None:
+        def observed(work: list[tuple[int, int]], seconds: float) -> None:
             result.longest_step = max(result.longest_step, seconds)
-            compute(n_tokens, seconds)
+            observe(work, seconds)
 
-        engine._loop.cold.computed = computed  # type: ignore[method-assign]
+        engine.cost.observe = observed  # type: ignore[method-assign]
         arguments = [(engine, asked, expected, result, end, i) for i in range(AT_A_TIME)]
         threads = [threading.Thread(target=ask, args=each) for each in arguments]
         for thread in threads:

@@ -45,6 +45,10 @@ class Cache:
         self._namespace = namespace
 
     @property
+    def layout(self) -> KVLayout:
+        return self._layout
+
+    @property
     def chunk_tokens(self) -> int:
         return self._layout.chunk_tokens
 
@@ -105,6 +109,7 @@ class Cache:
 
         Requests that use it start over, out of everybody else's sight, and answer the same. Pins on it end. Tiers below
         the device lose all that they hold of the namespaces: their objects have keys that only whole prompts lead to.
+        Raises TierError if one of them did not answer: then call it again with the same footprints.
         """
         wanted = list(footprints)
         if not wanted:
@@ -125,7 +130,7 @@ class Cache:
     def clear(self, *, tenant: bytes = b"", cache_salt: bytes = b"") -> int:
         """Evict the tenant's chunks that no request and no pin holds, and delete what the tiers below have of them.
 
-        Returns how many left the device.
+        Returns how many left the device. Raises TierError if a tier did not answer: then call it again.
         """
         namespace = self._namespace(tenant, cache_salt)
         with self._forgetting_below([namespace]):
@@ -133,7 +138,10 @@ class Cache:
 
     @contextmanager
     def _forgetting_below(self, namespaces: Sequence[Namespace]) -> Iterator[None]:
-        """Delete what the tiers have of some namespaces, after the block has cleared the device of it."""
+        """Delete what the tiers have of some namespaces, after the block has cleared the device of it.
+
+        Raises TierError if a tier did not answer; what it could not delete is deleted by the same call, made again.
+        """
         cold = self._loop.cold
 
         def block() -> None:
@@ -150,7 +158,7 @@ class Cache:
         try:
             yield
             for namespace in namespaces:
-                cold.forget_namespace(namespace)
+                cold.forget(namespace)
         finally:
             self._loop.call(unblock)
 

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from stemcache.engine.cost import CostSurface
 from stemcache.engine.load_cost import LoadCost
-from stemcache.engine.restore import LoadBudget, RestoreCounters, Restorer
+from stemcache.engine.restoration import LoadBudget, RestoreCounters
+from stemcache.engine.restore import Restorer
 from stemcache.engine.sequence import Sequence
 from stemcache.engine.spill import ColdPolicy, Spiller
 from stemcache.prefixtree.chunk_frames import group_chunks
@@ -23,7 +25,7 @@ from stemcache.prefixtree.pool import KVPool
 from stemcache.prefixtree.store import PrefixStore
 from stemcache.prefixtree.tiers.host import HostTier
 from stemcache.prefixtree.tiers.open import open_tier
-from stemcache.prefixtree.tiers.tier import Tier, TierStats, namespace_prefix, tier_key
+from stemcache.prefixtree.tiers.tier import Tier, TierStats, namespace_prefix
 
 FLUSH_SECONDS: Final = 20.0
 """Time for an engine that is closed to write what only it has."""
@@ -49,7 +51,6 @@ class ColdOptions:
     budget: LoadBudget = field(default_factory=LoadBudget)
     password: str | None = None
     secret: bytes | None = None
-    cost: LoadCost | None = None
 
     @property
     def is_off(self) -> bool:
@@ -71,8 +72,8 @@ class ColdStats:
 class ColdCache:
     """Made by the engine; `attach` ties it to the store. Methods are for the engine's thread unless they say more."""
 
-    def __init__(self, pool: KVPool, options: ColdOptions) -> None:
-        """Raises TierError for an address, a folder or a codec that cannot be used."""
+    def __init__(self, pool: KVPool, options: ColdOptions, surface: CostSurface) -> None:
+        """surface: what computing costs. Raises TierError for an address, a folder or a codec that cannot be used."""
         self._pool, self._options = pool, options
         try:
             self.codec = get_codec(options.codec)
@@ -88,7 +89,7 @@ class ColdCache:
         self.spiller = Spiller(
             pool, self.group, self.codec, options.secret, self.host, self.cold, ColdPolicy(options.policy)
         )
-        self.cost = options.cost or LoadCost(pool.layout.bytes_per_token)
+        self.cost = LoadCost(pool.layout.bytes_per_token, surface)
         self._restorer: Restorer | None = None
 
     def attach(self, store: PrefixStore, post: Callable[[Callable[[], None]], None]) -> None:
@@ -124,11 +125,6 @@ class ColdCache:
         self.restorer.expire()
         self.restorer.look_ahead(waiting)
 
-    def computed(self, n_tokens: int, seconds: float) -> None:
-        """Note what a step took."""
-        if self.tiers:
-            self.cost.computed(n_tokens, seconds)
-
     def flush(self, chunks: Iterable[Node]) -> None:
         """At the end: stop loading, and write what only the device has. `chunks`: parents before children."""
         self.restorer.close()
@@ -136,18 +132,24 @@ class ColdCache:
 
     # -- any thread --------------------------------------------------------------------------------------------------
 
-    def forget_namespace(self, namespace: Namespace) -> bool:
-        """Delete everything of a namespace from all tiers; False if a tier did not answer.
+    def forget(self, namespace: Namespace) -> None:
+        """Delete everything of a namespace from all tiers. May take seconds.
 
-        The caller has blocked the namespace (`Restorer.block`) and cleared the device. May take seconds.
+        The caller has blocked the namespace (`Restorer.block`) and cleared the device. Raises TierError if a tier did
+        not answer, when the others have been cleared.
         """
         prefix = namespace_prefix(namespace.digest)
-        return self._forget(lambda key: key.startswith(prefix), lambda tier: tier.delete_namespace(namespace.digest))
-
-    def forget(self, namespace: Namespace, digests: Iterable[bytes]) -> bool:
-        """Delete the objects that these chunks name from all tiers; False if a tier did not answer. As above."""
-        keys = {tier_key(namespace.digest, digest) for digest in digests}
-        return self._forget(keys.__contains__, lambda tier: tier.delete(keys))
+        silent = []
+        for tier in self.tiers:
+            # Before each: what a tier gives up while it is cleared is on its way to the next.
+            self.spiller.forget(lambda key: key.startswith(prefix))
+            if not tier.delete_namespace(namespace.digest):
+                silent.append(tier.name)
+        if silent:
+            names = " and the ".join(silent)
+            raise TierError(
+                f"the {names} tier did not answer: what it holds is still there, until it answers and is asked again"
+            )
 
     def stats(self) -> ColdStats:
         """Does not wait for the engine. A disk's numbers are read from its file."""
@@ -165,15 +167,6 @@ class ColdCache:
         self.spiller.close(FLUSH_SECONDS)
         for tier in self.tiers:
             tier.close()
-
-    def _forget(self, match: Callable[[bytes], bool], delete: Callable[[Tier], bool]) -> bool:
-        done = True
-        for tier in self.tiers:
-            self.spiller.forget(
-                match
-            )  # before each: what a tier gives up while it is cleared is on its way to the next
-            done &= delete(tier)
-        return done
 
     def _host_evicted(self, key: bytes, value: bytes | bytearray | memoryview) -> None:
         self.spiller.host_evicted(key, value)

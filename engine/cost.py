@@ -37,6 +37,7 @@ class CostSurface:
         self._kinds: dict[tuple[int, int], tuple[Matrix, Vector]] = {}
         self._solution: Vector | None = [0.0] * _N
         self.observed = 0
+        self.largest_step = 0  # in new tokens
 
     def observe(self, work: Iterable[tuple[int, int]], seconds: float) -> None:
         """Learn from a step that computed `new` tokens after `cached` ones, for each (cached, new) of `work`.
@@ -54,6 +55,7 @@ class CostSurface:
             for j in range(_N):
                 matrix[i][j] += row[i] * row[j] - matrix[i][j] / _MEMORY
         self.observed += 1
+        self.largest_step = max(self.largest_step, n_tokens)
         if self.observed <= _SOLVE_EVERY or self.observed % _SOLVE_EVERY == 0:
             self._solution = None
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Final, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ from stemcache.engine.cache import Cache
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.cold import ColdCache, ColdOptions, ColdStats
 from stemcache.engine.completions import completions
+from stemcache.engine.cost import CostSurface
 from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
 from stemcache.engine.grammar import GrammarCompiler
@@ -36,18 +37,23 @@ from stemcache.engine.loop import EngineLoop
 from stemcache.engine.movable import require_movable
 from stemcache.engine.options import MAX_RUNNING, MAX_STEP_LOGITS, MAX_STEP_TOKENS, EngineOptions
 from stemcache.engine.outputs import Completion
+from stemcache.engine.pins import PinInfo
 from stemcache.engine.policies import QUEUES
-from stemcache.engine.prompts import Prompts
+from stemcache.engine.prompts import Prompts, TemplateOptions
 from stemcache.engine.request_check import RequestCheck
 from stemcache.engine.runner import ModelRunner
 from stemcache.engine.salts import Salts
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.sequence import Request
 from stemcache.engine.stream import Stream
+from stemcache.engine.tentative import Tentative
 from stemcache.engine.token_rules import TokenRules
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import StoreStats
+
+PUBLIC: Final = b"stemcache.public"
+"""The tenant whose chunks all others may have, as copies (prefixtree/corpus.py). For what is nobody's secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,8 @@ class Engine:
         self.prompts = Prompts(checkpoint.tokenizer)
         self._runner = ModelRunner(checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens)
         self._fingerprint = checkpoint.fingerprint
-        self._cold = ColdCache(self._runner.pool, cold or ColdOptions())
+        self.cost = CostSurface()
+        self._cold = ColdCache(self._runner.pool, cold or ColdOptions(), self.cost)
         self.vocab_size = self._runner.vocab_size
         self.chunk_tokens = chunk_tokens
         pool_tokens = self._runner.pool.n_chunks * chunk_tokens
@@ -101,16 +108,17 @@ class Engine:
             self.prompts,
             self._eos,
             self._cold,
+            self.cost,
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             max_logit_rows=max(1, MAX_STEP_LOGITS // self.vocab_size),
             eviction=eviction,
             cache_first=queue == "cache",
         )
-        self.cost = self._loop.cost
         self._request_check = RequestCheck(
             self.vocab_size, self.max_model_len, self._runner.context_length, has_text=self.prompts.backend is not None
         )
+        self._loop.store.share(self.namespace(PUBLIC))
         self._salts = Salts()
         self.cache = Cache(self._loop, self._runner.layout, self.namespace, self._salts)
 
@@ -144,7 +152,8 @@ class Engine:
         name: str = "model",
         **options: Unpack[EngineOptions],
     ) -> Engine:
-        """Serve a model that is already in memory; its attention is switched to stemcache's.
+        """Serve a model that is already in memory, which is then stemcache's: its attention is switched, and on a CPU
+        its projections are fused, so it cannot be trained any more.
 
         options: see EngineOptions. Without a tokenizer only token ids are served. Raises ModelLoadError.
         """
@@ -163,27 +172,11 @@ class Engine:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        documents: Sequence[Mapping[str, str]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         add_special_tokens: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[TemplateOptions],
     ) -> list[int]:
-        """Token ids of a conversation, by the model's chat template. `tools` in OpenAI's form.
-
-        continue_final_message: end in the middle of the last message, which the model then goes on with.
-        template_kwargs: values for the template's own variables. Raises InvalidRequestError.
-        """
-        return self.prompts.encode_chat(
-            messages,
-            documents=documents,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            add_special_tokens=add_special_tokens,
-            template_kwargs=template_kwargs,
-        )
+        """Token ids of a conversation, by the model's chat template. Raises InvalidRequestError."""
+        return self.prompts.encode_chat(messages, add_special_tokens=add_special_tokens, **options)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; empty without a tokenizer. Raises InvalidRequestError for ids that are none."""
@@ -201,6 +194,7 @@ class Engine:
         cache_salt: bytes = b"",
         priority: int = 0,
         blend: Blend | None = None,
+        tentative: Tentative | None = None,
     ) -> Stream:
         """Queue a prompt of token ids and return the stream of its deltas.
 
@@ -208,6 +202,7 @@ class Engine:
         cache_salt: nor do a tenant's requests with different salts.
         priority: which of a tenant's waiting requests goes first, the smallest.
         blend: passages of the prompt that may be moved to their places if they were read alone. Not exact.
+        tentative: compute it only while there is nothing else to do; its stream is good once it was kept.
         Raises InvalidRequestError, ContextLengthError, EngineClosedError, and BlendRefusedError as `require_movable`.
         """
         params = params or SamplingParams()
@@ -225,10 +220,21 @@ class Engine:
         if params.prompt_logprobs is not None:
             stream.prompt_logprobs.append(None)  # the first token's: nothing stands before it
         namespace = self.namespace(tenant, cache_salt)
-        request = Request(list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar, blend)
+        request = Request(
+            list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar, blend, tentative
+        )
         self._salts.note(tenant, cache_salt)
         self._loop.submit(request)
         return stream
+
+    def share(self, prompt: Sequence[int]) -> PinInfo:
+        """Read a prompt that is nobody's secret and keep it: all tenants find its beginning, as copies of their own.
+
+        Raises InvalidRequestError as `submit`, and where pins would hold more than their share of the pool.
+        """
+        self.cache.require_pin_room(prompt, tenant=PUBLIC)
+        list(self.submit(prompt, SamplingParams(max_tokens=0), tenant=PUBLIC))
+        return self.cache.pin(prompt, tenant=PUBLIC)
 
     def require_movable(self) -> None:
         """Raise BlendRefusedError unless tokens can be moved in this model, by its configuration and by trying it."""

@@ -46,6 +46,7 @@ class EngineLoop:
         prompts: Prompts,
         eos: frozenset[int],
         cold: ColdCache,
+        cost: CostSurface,
         *,
         max_step_tokens: int,
         max_running: int,
@@ -58,12 +59,12 @@ class EngineLoop:
         self._eos = eos
         pool = runner.pool
         self.cold = cold
-        self.cost = CostSurface()
+        self._cost = cost
         self.store = PrefixStore(
             pool.n_chunks,
             runner.layout.chunk_tokens,
             pool.copy_tokens,
-            eviction_policy(eviction, pool.n_chunks, runner.layout.chunk_tokens, self.cost),
+            eviction_policy(eviction, pool.n_chunks, runner.layout.chunk_tokens, cost),
             watcher=cold.spiller if cold.tiers else None,
         )
         self.pins = Pins(self.store)
@@ -80,6 +81,7 @@ class EngineLoop:
         self.forgetting = Forgetting(self.store, pool, self.scheduler, self.pins)
         cold.spiller.keeps_out = self.forgetting.is_isolated
         self.generated_tokens = 0
+        self._tentative: Request | None = None  # the one that may have to give way
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         cold.attach(self.store, self._inbox.put)
         self._awaits_chunks = False  # nothing can be computed until chunks arrive from a tier
@@ -179,6 +181,14 @@ class EngineLoop:
         self._closing = True
 
     def _accept(self, request: Request) -> None:
+        """Let a request wait. A tentative one has to be alone."""
+        if not self.scheduler.is_idle:
+            if request.drop():
+                self._end(request)
+                return
+            if self._tentative is not None and self._tentative.drop():
+                self._end(self._tentative)
+        self._tentative = None if request.tentative is None else request
         self.scheduler.add(self._new_sequence(request))
 
     def _new_sequence(self, request: Request) -> Sequence:
@@ -219,7 +229,7 @@ class EngineLoop:
         try:
             began = time.perf_counter()
             logits = self._runner.run(step)  # done when it returns; a device that runs behind must be waited for here
-            self._learn(step, time.perf_counter() - began)
+            self._cost.observe([(e.stop - e.n_rows, e.n_rows) for e in step], time.perf_counter() - began)
             self._commit(step)
             self._score_prompts(step, logits)
             self._end_unanswered(step)
@@ -246,11 +256,6 @@ class EngineLoop:
         for sequence, result in results:
             if isinstance(result, Chosen) and sequence.request not in failed:
                 self._deliver(sequence, result)
-
-    def _learn(self, step: list[Scheduled], seconds: float) -> None:
-        """What a step took tells what computing costs."""
-        self.cost.observe([(entry.stop - entry.n_rows, entry.n_rows) for entry in step], seconds)
-        self.cold.computed(sum(entry.n_rows for entry in step), seconds)
 
     def _commit(self, step: list[Scheduled]) -> None:
         """Publish what the step computed; only now may others find it."""

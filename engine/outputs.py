@@ -42,14 +42,17 @@ class Usage:
     """Tokens of one request. `cached_tokens` of the prompt were not computed but found in the store.
 
     `cache_write_tokens` of the prompt were computed and are in the store now, in chunks that this request was the first
-    to publish. Cached and written ones together are at most the prompt. `moved` are parts of the prompt that were moved
-    to their places (see stemcache.engine.blend): with any, the answer is not exactly the model's.
+    to publish. Cached and written ones together are at most the prompt. `evicted_tokens`, those that follow the cached
+    ones, were computed again: they had been cached after this very prefix, and were evicted. `moved` are parts of the
+    prompt that were moved to their places (see stemcache.engine.blend): with any, the answer is not exactly the
+    model's.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     cache_write_tokens: int = 0
+    evicted_tokens: int = 0
     moved: tuple[Moved, ...] = ()
 
     @property

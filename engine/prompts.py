@@ -6,9 +6,9 @@ Invariant: the same text gives the same tokens, from any thread; nothing that th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jinja2
 from jinja2 import meta
@@ -17,6 +17,22 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from stemcache.engine.errors import InvalidRequestError
+
+
+class TemplateOptions(TypedDict, total=False):
+    """What may be said of a conversation to the chat template.
+
+    tools: in OpenAI's form.
+    add_generation_prompt: end where the model's answer begins; true unless given.
+    continue_final_message: end in the middle of the last message, which the model then goes on with.
+    template_kwargs: values for the template's own variables.
+    """
+
+    documents: Sequence[Mapping[str, str]] | None
+    tools: Sequence[Mapping[str, Any]] | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    template_kwargs: Mapping[str, Any] | None
 
 
 class Prompts:
@@ -40,23 +56,11 @@ class Prompts:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        documents: Sequence[Mapping[str, str]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        add_special_tokens: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = False,  # few templates leave them to the tokenizer
+        **options: Unpack[TemplateOptions],
     ) -> list[int]:
-        """Token ids of a conversation through the model's chat template. Arguments and errors as of `render_chat`."""
-        text = self.render_chat(
-            messages,
-            documents=documents,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_kwargs=template_kwargs,
-        )
-        return self.encode(text, add_special_tokens=add_special_tokens)
+        """Token ids of a conversation through the model's chat template. Raises as `render_chat` does."""
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=add_special_tokens)
 
     def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text, and the characters [start, stop) that each stands for. Raises as `encode` does."""
@@ -74,24 +78,14 @@ class Prompts:
         """Whether the chat template has a place for documents."""
         return self.has_chat_template and "documents" in self._template_variables
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        documents: Sequence[Mapping[str, str]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[TemplateOptions]) -> str:
         """The text of a conversation through the model's chat template.
 
-        tools: in OpenAI's form.
-        continue_final_message: end in the middle of the last message, which the model then goes on with.
-        template_kwargs: values for the template's own variables.
         Raises InvalidRequestError when there is no template, it refuses the messages, it has no place for documents or
         tools, or has no such variable.
         """
+        documents, tools = options.get("documents"), options.get("tools")
+        template_kwargs = options.get("template_kwargs") or {}
         if self._tokenizer is None or not self._tokenizer.chat_template:
             raise InvalidRequestError("this model has no chat template: use completions instead", param="messages")
         if documents and "documents" not in self._template_variables:
@@ -104,16 +98,16 @@ class Prompts:
                 "this model's chat template has no place for tools: leave them out, or set 'tool_choice' to 'none'",
                 param="tools",
             )
-        self._check_template_kwargs(template_kwargs or {})
+        self._check_template_kwargs(template_kwargs)
         try:
             text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
                 documents=[dict(document) for document in documents] if documents else None,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
+                add_generation_prompt=options.get("add_generation_prompt", True),
+                continue_final_message=options.get("continue_final_message", False),
                 tokenize=False,
-                **(template_kwargs or {}),
+                **template_kwargs,
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
             raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
@@ -148,13 +142,6 @@ class Prompts:
         if name.startswith("<0x") and name.endswith(">"):  # SentencePiece's byte fallback
             return bytes([int(name[3:-1], 16)])
         return bytes(self._byte_of[char] for char in name if char in self._byte_of)
-
-    def special_ids(self, texts: Iterable[str | None]) -> frozenset[int]:
-        """Ids of the given special tokens, those that exist."""
-        if self.backend is None:
-            return frozenset()
-        ids = (self.backend.token_to_id(text) for text in texts if text)
-        return frozenset(i for i in ids if i is not None)
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:

@@ -17,21 +17,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
 from torch import Tensor
 
 from stemcache.engine.load_cost import LoadCost
+from stemcache.engine.restoration import Found, LoadBudget, Restoration, RestoreCounters
 from stemcache.engine.sequence import Sequence
 from stemcache.prefixtree.chunk_frames import unpack_chunks
 from stemcache.prefixtree.codecs.codec import Codec
 from stemcache.prefixtree.errors import CapacityError, FrameError
 from stemcache.prefixtree.namespace import Namespace
-from stemcache.prefixtree.node import chain_digest
+from stemcache.prefixtree.node import path_digests
 from stemcache.prefixtree.pool import KVPool
-from stemcache.prefixtree.runs import Run, runs_after
+from stemcache.prefixtree.runs import runs_after
 from stemcache.prefixtree.store import Lease, PrefixStore
 from stemcache.prefixtree.tiers.tier import Miss, Tier, tier_key
 from stemcache.prefixtree.tokens import TOKEN_BYTES, encode_tokens
@@ -43,67 +43,7 @@ MAX_AT_ONCE: Final = 4
 LOOK_AHEAD: Final = 16
 """Waiting requests that are looked at before their turn."""
 
-_GONE: Final = frozenset({"version_newer"})  # not ours to delete: a newer program may still read it
-
-
-@dataclass(frozen=True, slots=True)
-class LoadBudget:
-    """How long a request may wait for its chunks, in seconds.
-
-    Twice what the load is expected to take, but not longer than computing would take; and in any case between `least`,
-    which a first connection needs, and `most`.
-    """
-
-    least: float = 0.05
-    most: float = 2.0
-
-    def seconds(self, load: float, compute: float) -> float:
-        return min(self.most, max(self.least, min(2 * load, compute)))
-
-
-@dataclass(slots=True)
-class RestoreCounters:
-    """What became of the restorations. Only ever counted up, but for the longest wait.
-
-    ended: restorations by their end. tokens: loaded, by tier. waited: the seconds of all. overrun: the longest time in
-    seconds by which one lasted longer than its budget: what the engine's running step took, for it is not interrupted.
-    """
-
-    ended: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    waited: float = 0.0
-    longest_wait: float = 0.0
-    overrun: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """An object that a tier has: chunks `run.first` to `run.last` of the prompt."""
-
-    run: Run
-    key: bytes
-    digest: bytes
-    tier: Tier
-
-
-@dataclass(eq=False, slots=True)
-class _Restoration:
-    """One prompt's chunks that are being looked for."""
-
-    sequence: Sequence
-    namespace: Namespace
-    tokens: list[int]
-    lease: Lease
-    begun: float
-    deadline: float
-    digests: list[bytes]  # of the chunks after those that are there
-    depth: int  # chunks that were there when it began
-    objects: list[_Found] = field(default_factory=list)
-    arrived: dict[int, list[Tensor]] = field(default_factory=dict)
-    committed: int = 0  # objects
-    loading_since: float | None = None
-    last_arrival: float = 0.0
-    ended: bool = False
+_OTHERS: Final = frozenset({"version_newer"})  # refused, but not ours to delete: a newer program may still read it
 
 
 class Restorer:
@@ -131,7 +71,7 @@ class Restorer:
         self._post, self._restoring = post, restoring
         self._cost, self._budget = cost, budget
         self.counters = RestoreCounters()
-        self._active: list[_Restoration] = []
+        self._active: list[Restoration] = []
         self._blocked: Counter[bytes] = Counter()
         self._executor = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="stemcache-restore") if tiers else None
 
@@ -207,26 +147,25 @@ class Restorer:
         if not missing or not has_room:
             lease.release()
             return
-        compute = self._cost.compute_seconds(missing)
+        compute = self._cost.compute_seconds(lease.committed_tokens, missing)
         load = min(self._cost.load_seconds(tier.name, missing) for tier in self._tiers)
         now = time.monotonic()
+        above = lease.node.digest if lease.node.depth else namespace.digest
         lease.claim(tokens)
-        restoration = _Restoration(
+        restoration = Restoration(
             sequence=sequence,
             namespace=namespace,
             tokens=tokens,
             lease=lease,
             begun=now,
             deadline=now + self._budget.seconds(load, compute),
-            digests=_digests(
-                lease.node.digest if lease.node.depth else namespace.digest, tokens, lease.node.depth, size
-            ),
+            digests=list(path_digests(above, encode_tokens(tokens[lease.node.depth * size :]), size * TOKEN_BYTES)),
             depth=lease.node.depth,
         )
         self._active.append(restoration)
         self._executor.submit(self._lookup, restoration)
 
-    def _found(self, restoration: _Restoration, objects: list[_Found]) -> None:
+    def _found(self, restoration: Restoration, objects: list[Found]) -> None:
         """The lookup is done: load what is worth it."""
         assert self._executor is not None
         if restoration.ended:
@@ -235,13 +174,14 @@ class Restorer:
             self._end(restoration, "absent")
             return
         last = objects[-1].run.last
-        n_tokens = (last - restoration.depth) * self._store.chunk_tokens
+        size = self._store.chunk_tokens
+        n_tokens = (last - restoration.depth) * size
         slowest = max((each.tier.name for each in objects), key=lambda name: self._cost.load_seconds(name, n_tokens))
-        if not self._cost.advises(slowest, n_tokens):
+        if not self._cost.advises(slowest, restoration.depth * size, n_tokens):
             self._end(restoration, "cheaper_to_compute")
             return
         try:
-            restoration.lease.reserve(last * self._store.chunk_tokens)
+            restoration.lease.reserve(last * size)
         except CapacityError:
             self._end(restoration, "no_room")
             return
@@ -250,7 +190,7 @@ class Restorer:
         for index in range(len(objects)):
             self._executor.submit(self._load, restoration, index)
 
-    def _arrived(self, restoration: _Restoration, index: int, chunks: list[Tensor] | None, at: float) -> None:
+    def _arrived(self, restoration: Restoration, index: int, chunks: list[Tensor] | None, at: float) -> None:
         """An object is here since `at`, or is not to be had: then nothing after it is of use."""
         if restoration.ended:
             return
@@ -279,7 +219,7 @@ class Restorer:
         finally:
             self._restoring(False)
 
-    def _end(self, restoration: _Restoration, how: str) -> None:
+    def _end(self, restoration: Restoration, how: str) -> None:
         restoration.ended = True
         if how == "no_room":  # nor can the sequence start before there is: then it is looked for again
             restoration.sequence.looked_below = False
@@ -292,7 +232,7 @@ class Restorer:
         self.counters.longest_wait = max(self.counters.longest_wait, now - restoration.begun)
         self.counters.overrun = max(self.counters.overrun, now - restoration.deadline)
 
-    def _learn(self, restoration: _Restoration, how: str) -> None:
+    def _learn(self, restoration: Restoration, how: str) -> None:
         """Note what loading took. What never came is taken to have needed twice as long."""
         if restoration.loading_since is None or how not in ("loaded", "deadline"):
             return
@@ -307,9 +247,9 @@ class Restorer:
 
     # -- the threads -------------------------------------------------------------------------------------------------
 
-    def _lookup(self, restoration: _Restoration) -> None:
+    def _lookup(self, restoration: Restoration) -> None:
         """Find each chunk's object in the fastest tier that has it."""
-        objects: list[_Found] = []
+        objects: list[Found] = []
         try:
             keys = [tier_key(restoration.namespace.digest, digest) for digest in restoration.digests]
             where: list[Tier | None] = [None] * len(keys)
@@ -320,13 +260,13 @@ class Restorer:
                 at = run.last - restoration.depth - 1
                 found = where[at]
                 assert found is not None
-                objects.append(_Found(run, keys[at], restoration.digests[at], found))
+                objects.append(Found(run, keys[at], restoration.digests[at], found))
         except Exception:
             log.exception("a lookup in the tiers failed")
             objects = []
         self._post(lambda: self._found(restoration, objects))
 
-    def _load(self, restoration: _Restoration, index: int) -> None:
+    def _load(self, restoration: Restoration, index: int) -> None:
         chunks = None
         try:
             if not restoration.ended and index < len(restoration.objects):
@@ -336,7 +276,7 @@ class Restorer:
         at = time.monotonic()
         self._post(lambda: self._arrived(restoration, index, chunks, at))
 
-    def _chunks(self, restoration: _Restoration, found: _Found) -> list[Tensor] | None:
+    def _chunks(self, restoration: Restoration, found: Found) -> list[Tensor] | None:
         """The object's chunks, checked; None for a miss of any kind, which has been counted."""
         (value,) = found.tier.load([found.key], restoration.deadline)
         if isinstance(value, Miss):
@@ -355,16 +295,7 @@ class Restorer:
         except FrameError as error:
             found.tier.counters.missed(error.reason)
             log.warning("an object of the %s tier was refused: %s", found.tier.name, error)
-            if error.reason not in _GONE:
+            if error.reason not in _OTHERS:
                 found.tier.delete([found.key])
             return None
         return chunks
-
-
-def _digests(digest: bytes, tokens: list[int], depth: int, size: int) -> list[bytes]:
-    """The names of the chunks of `tokens` after the first `depth`, whose last one is named `digest`."""
-    data, n_bytes, digests = encode_tokens(tokens), size * TOKEN_BYTES, []
-    for at in range(depth * n_bytes, len(data), n_bytes):
-        digest = chain_digest(digest, data[at : at + n_bytes])
-        digests.append(digest)
-    return digests

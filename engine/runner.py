@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from stemcache.engine.attention import StepContext
 from stemcache.engine.families import context_length, head_dim
+from stemcache.engine.fused import fuse_projections
 from stemcache.engine.movable import inverse_frequencies
 from stemcache.engine.scheduler import Scheduled
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
@@ -27,6 +28,8 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, *, pool_bytes: int, chunk_tokens: int) -> None:
         self.config = config = model.config
         self._model = model
+        if model.device.type == "cpu":
+            fuse_projections(model)
         self.device = model.device
         self.vocab_size = int(config.vocab_size)
         self.context_length = context_length(config)

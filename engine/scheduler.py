@@ -169,7 +169,8 @@ class Scheduler:
         lease.claim(sequence.tokens)
         sequence.lease, sequence.computed = lease, lease.cached_tokens
         if request.cached_tokens is None:
-            request.cached_tokens, request.moved = lease.cached_tokens, sequence.moved
+            request.cached_tokens, request.evicted_tokens = lease.cached_tokens, lease.evicted_tokens
+            request.moved = sequence.moved
             request.stream.timing.start()
             self.prompt_tokens += len(request.prompt)
             self.cached_tokens += lease.cached_tokens
@@ -233,6 +234,7 @@ class _Budget:
         if self.tokens <= 0:
             return 0
         count = sequence.remaining if sequence.remaining <= self.tokens + self.tokens // 4 else self.tokens
+        count = min(count, sequence.request.step_tokens or count)
         silent = max(0, sequence.first_logits - sequence.computed)  # tokens before the first that gives logits
         return min(count, silent + 1 + self.logit_rows)
 

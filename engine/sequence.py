@@ -17,6 +17,7 @@ from stemcache.engine.outputs import FinishReason, Usage
 from stemcache.engine.sampler import TokenChooser
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.stream import Stream
+from stemcache.engine.tentative import Tentative
 from stemcache.engine.token_rules import TokenRules
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import Lease
@@ -30,6 +31,7 @@ class Request:
 
     `tenant` is whom its tokens are charged to, and `priority` its rank within that tenant, the smallest first. `blend`
     says which of its tokens may be moved to their places, and `moved` which ones were when it first started.
+    `tentative` where it may be that nobody wants it.
     """
 
     prompt: list[int]
@@ -42,9 +44,11 @@ class Request:
     rules: TokenRules | None = None
     grammar: CompiledGrammar | None = None
     blend: Blend | None = None
+    tentative: Tentative | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
+    evicted_tokens: int = 0
     moved: tuple[Moved, ...] = ()
     written_tokens: int = 0
     completion_tokens: int = 0
@@ -54,7 +58,16 @@ class Request:
         cached = self.cached_tokens or 0
         # Chunks that were published, evicted after a preemption and published again count once.
         written = min(self.written_tokens, len(self.prompt) - cached)
-        return Usage(len(self.prompt), self.completion_tokens, cached, written, self.moved)
+        return Usage(len(self.prompt), self.completion_tokens, cached, written, self.evicted_tokens, self.moved)
+
+    @property
+    def step_tokens(self) -> int | None:
+        """How many tokens of the prompt one step may compute, where the others are held to be more urgent."""
+        return self.tentative.step_tokens if self.tentative is not None and self.tentative.is_open else None
+
+    def drop(self) -> bool:
+        """Give it up, if it is tentative and was not kept; whether that is so."""
+        return self.tentative is not None and self.tentative.drop()
 
     @property
     def is_finished(self) -> bool:

@@ -1,7 +1,8 @@
 """Accounts: what each namespace asked the store for, what it found, and what it lost.
 
-Invariant: an account only counts up. How many are kept is bounded: clients may make up namespaces (cache salts), so the
-account that was not needed for the longest time goes, and starts from zero when its namespace comes back.
+Invariant: every prompt that was used counts once, however often it was looked up before it could start. How many
+accounts are kept is bounded: clients may make up namespaces (cache salts), so the account that was not needed for the
+longest time goes, and starts from zero when its namespace comes back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,27 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_ACCOUNTS: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What one prompt found. Every token that was looked up is in exactly one of the counts; see `Account`."""
+
+    hits: int
+    evicted: int
+    unfinished: int
+    new: int
+
+    @classmethod
+    def of(cls, tokens: int, hits: int, known_chunks: int, chunk_tokens: int) -> Lookup:
+        """known_chunks: the leading chunks that are cached, or were and have been evicted."""
+        whole = tokens - tokens % chunk_tokens
+        known = max(hits, known_chunks * chunk_tokens)
+        return cls(hits, known - hits, tokens - max(whole, hits), max(0, whole - known))
+
+    @property
+    def misses(self) -> int:
+        return self.evicted + self.unfinished + self.new
 
 
 @dataclass(slots=True)
@@ -35,6 +57,14 @@ class Account:
     unfinished_tokens: int = 0
     new_tokens: int = 0
     evicted_chunks: int = 0
+
+    def count(self, lookup: Lookup, times: int = 1) -> None:
+        """Enter a prompt; or take it out again, with `times` -1."""
+        self.acquires += times
+        self.hit_tokens += times * lookup.hits
+        self.evicted_tokens += times * lookup.evicted
+        self.unfinished_tokens += times * lookup.unfinished
+        self.new_tokens += times * lookup.new
 
 
 class Accounts:

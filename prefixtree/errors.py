@@ -64,7 +64,7 @@ class InvariantError(StoreError):
 
 
 class TierError(StoreError):
-    """A cold tier cannot be used as asked: a bad address or folder, a missing library. The message says what to do.
+    """A cold tier cannot be used as asked: a bad address or folder, a missing library, no answer to a deletion.
 
-    Requests never see it: for them a tier that fails is a miss.
+    The message says what to do. Who generates never sees it: for a generation a tier that fails is a miss.
     """

@@ -14,6 +14,7 @@ from enum import StrEnum
 from itertools import groupby, islice
 from typing import Final
 
+from stemcache.prefixtree.corpus import PublicCorpus
 from stemcache.prefixtree.ledger import Ledger
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.tokens import TOKEN_BYTES, common_tokens, decode_tokens
@@ -44,6 +45,8 @@ class Reason(StrEnum):
     """Another request is computing it now. A request with this prompt would wait for it and then find it."""
     PARTIAL_CHUNK = "partial_chunk"
     """A hit: the beginning of a cached chunk from which the prompt parts, or in which it ends. It is copied."""
+    PUBLIC = "public"
+    """A hit: in the public corpus, from which it is copied."""
     HIT = "hit"
     """A hit: a whole cached chunk, shared as it is."""
     LAST_TOKEN = "last_token"
@@ -51,7 +54,7 @@ class Reason(StrEnum):
 
     @property
     def is_hit(self) -> bool:
-        return self in (Reason.HIT, Reason.PARTIAL_CHUNK)
+        return self in (Reason.HIT, Reason.PARTIAL_CHUNK, Reason.PUBLIC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,12 @@ class Explanation:
 
 
 def explain(
-    ledger: Ledger, namespace: Namespace, prompt: bytes, n_last: int, others: Iterable[Namespace] = ()
+    ledger: Ledger,
+    corpus: PublicCorpus,
+    namespace: Namespace,
+    prompt: bytes,
+    n_last: int,
+    others: Iterable[Namespace] = (),
 ) -> Explanation:
     """Explain an encoded prompt whose last `n_last` tokens are computed in any case. Changes nothing.
 
@@ -112,24 +120,28 @@ def explain(
     n_reusable = n_tokens - n_last
     reusable = prompt[: n_reusable * TOKEN_BYTES]
     match = tree.match(namespace, reusable)
+    public = corpus.match(namespace, reusable)
+    longest = public or match
 
     # Painted from the weakest reason to the strongest, so that the order of the lines is the order of precedence.
     reasons = [Reason.NEVER_SEEN] * n_tokens
     _paint(reasons, n_tokens - n_tokens % size, n_tokens, Reason.UNFINISHED_CHUNK)
-    for start, stop in _runs_elsewhere(tree, namespace, prompt, match.tokens):
+    for start, stop in _runs_elsewhere(tree, namespace, prompt, longest.tokens):
         _paint(reasons, start, stop, Reason.OTHER_POSITION)
     for other in others:
         _paint(reasons, match.tokens, tree.match(other, reusable).tokens, Reason.OTHER_NAMESPACE)
     _paint(reasons, match.full_tokens, _evicted_until(ledger, match, prompt), Reason.EVICTED)
     _paint(reasons, match.full_tokens, _pending_until(ledger, match, reusable), Reason.PENDING)
     _paint(reasons, match.full_tokens, match.tokens, Reason.PARTIAL_CHUNK)
+    if public is not None:
+        _paint(reasons, match.full_tokens, public.tokens, Reason.PUBLIC)
     _paint(reasons, 0, match.full_tokens, Reason.HIT)
     _paint(reasons, n_reusable, n_tokens, Reason.LAST_TOKEN)
     return Explanation(
         n_tokens,
         size,
         tuple(_ranges(reasons)),
-        _divergence(match) if match.tokens < n_reusable else None,
+        _divergence(longest) if longest.tokens < n_reusable else None,
         searched_all=match.node.root.n_chunks <= MAX_SEARCHED,
     )
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stemcache.prefixtree.namespace import Namespace
-from stemcache.prefixtree.node import Node, chain_digest
+from stemcache.prefixtree.node import Node, chain_digest, path_digests
 from stemcache.prefixtree.tokens import TOKEN_BYTES, encode_tokens
 from stemcache.prefixtree.tree import PrefixTree
 
@@ -38,17 +38,10 @@ class Footprint:
             raise ValueError(f"[{start}, {stop}) are no tokens of a prompt of {len(prompt)}")
         depth = start // chunk_tokens
         first = depth * chunk_tokens
-        parent = path_digest(namespace, encode_tokens(prompt[:first]), chunk_tokens)
+        above = encode_tokens(prompt[:first])
+        path = [namespace.digest, *path_digests(namespace.digest, above, chunk_tokens * TOKEN_BYTES)]
         head = encode_tokens(prompt[first : min(stop, first + chunk_tokens)])
-        return cls(namespace.digest, parent, depth, head)
-
-
-def path_digest(namespace: Namespace, chunks: bytes, chunk_tokens: int) -> bytes:
-    """The digest of the last of the encoded `chunks`, which are whole; the namespace's where there are none."""
-    digest, size = namespace.digest, chunk_tokens * TOKEN_BYTES
-    for begin in range(0, len(chunks), size):
-        digest = chain_digest(digest, chunks[begin : begin + size])
-    return digest
+        return cls(namespace.digest, path[-1], depth, head)
 
 
 class Footprints:

@@ -15,7 +15,7 @@ import msgpack
 from stemcache.prefixtree.errors import FrameError
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.namespace import Namespace
-from stemcache.prefixtree.node import chain_digest
+from stemcache.prefixtree.node import path_digests
 from stemcache.prefixtree.tokens import TOKEN_BYTES
 
 SEAL_BYTES: Final = 16
@@ -64,10 +64,7 @@ class FrameHeader:
     def digest(self) -> bytes:
         """The last chunk's, which is the object's key: `Node.digest`. SHA-256 along the chain."""
         size = self.layout.chunk_tokens * TOKEN_BYTES
-        digest = self.parent
-        for start in range(0, len(self.tokens), size):
-            digest = chain_digest(digest, self.tokens[start : start + size])
-        return digest
+        return [self.parent, *path_digests(self.parent, self.tokens, size)][-1]
 
     @property
     def is_first(self) -> bool:

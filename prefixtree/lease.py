@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from stemcache.prefixtree.accounts import Lookup
 from stemcache.prefixtree.claims import Claim
 from stemcache.prefixtree.errors import CapacityError, StoreError
 from stemcache.prefixtree.ledger import Ledger
@@ -28,6 +29,7 @@ class Lease:
 
     Attributes:
         cached_tokens: how many leading tokens need not be computed.
+        lookup: what its prompt found; None for a fork and a pin, which nobody looked up.
         written_tokens: how many tokens this lease computed and was the first to publish.
         slots: chunk ids in order, shared ones first. The caller reads it and never changes it; `commit` may replace an
             entry (the chunk turned out to exist already), `reserve` appends. Empty once released.
@@ -38,6 +40,7 @@ class Lease:
         ledger.tree.pin(node)
         live.add(self)
         self.cached_tokens = cached_tokens
+        self.lookup: Lookup | None = None
         self.written_tokens = 0
         self.slots = node.path_slots() + tail
         self._ledger = ledger
@@ -59,6 +62,11 @@ class Lease:
     @property
     def private_slots(self) -> list[int]:
         return self.slots[self._node.depth :]
+
+    @property
+    def evicted_tokens(self) -> int:
+        """How many of the tokens that follow the cached ones had been cached here, and were evicted."""
+        return 0 if self.lookup is None else self.lookup.evicted
 
     @property
     def capacity_tokens(self) -> int:
@@ -169,12 +177,14 @@ class Lease:
     def release(self, *, used: bool = True) -> None:
         """End the hold: committed full chunks stay cached, private slots are freed. Does nothing the second time.
 
-        used: whether it was a use of what is cached, which eviction by frequency counts. A request that could not start
-            comes back until it can, and would count each time.
+        used: whether it was a use of what is cached, which eviction by frequency and the accounts count. A request that
+            could not start comes back until it can, and would count each time.
         """
         if self.released:
             return
         self._live.remove(self)
+        if not used and self.lookup is not None:
+            self._ledger.count(self._node.root.key, self.lookup, times=-1)
         self._drop_claim()
         self._ledger.drop(self.private_slots)
         self._ledger.tree.touch(self._node, uses=int(used))

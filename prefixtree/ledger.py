@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from stemcache.prefixtree.accounts import Accounts
+from stemcache.prefixtree.accounts import Accounts, Lookup
 from stemcache.prefixtree.claims import Claims
 from stemcache.prefixtree.errors import CapacityError, InvariantError
 from stemcache.prefixtree.evicted import EvictedChunks
@@ -33,7 +33,7 @@ CopyTokens = Callable[[int, int, int], None]  # (source slot, target slot, numbe
 
 @dataclass(slots=True)
 class Counters:
-    """What happened since the store was made. Only ever counted up."""
+    """What happened since the store was made."""
 
     acquires: int = 0
     hit_tokens: int = 0
@@ -116,6 +116,13 @@ class Ledger:
         nodes = self.tree.evict_below(tops)
         self._free_evicted(nodes)
         return [node.slot for node in nodes]
+
+    def count(self, namespace: bytes, lookup: Lookup, times: int = 1) -> None:
+        """Count what a prompt found in a namespace, by its digest; with `times` -1 it was not used after all."""
+        self.counters.acquires += times
+        self.counters.hit_tokens += times * lookup.hits
+        self.counters.miss_tokens += times * lookup.misses
+        self.accounts.of(namespace).count(lookup, times)
 
     def count_evicted(self, node: Node, prompt: bytes) -> int:
         """Return how many chunks of `prompt`, counted from those that follow `node` on, were cached and evicted.

@@ -17,6 +17,13 @@ def chain_digest(parent: bytes, key: bytes) -> bytes:
     return hashlib.sha256(parent + key).digest()
 
 
+def path_digests(parent: bytes, chunks: bytes, key_bytes: int) -> Iterator[bytes]:
+    """Yield the names of encoded chunks of `key_bytes` bytes that follow each other after the path named `parent`."""
+    for start in range(0, len(chunks), key_bytes):
+        parent = chain_digest(parent, chunks[start : start + key_bytes])
+        yield parent
+
+
 class Node:
     """One cached chunk; a root (`parent is None`) holds none and stands for the empty prefix of its namespace.
 

@@ -28,6 +28,7 @@ class Branch:
         parent: the id of the branch that it hangs on; None at the top.
         depth: chunks before it.
         chunks: how many it is made of.
+        stored_chunks: how many of them were handed to the cold tier, or came from a tier; it may have lost them since.
         sharers: leases that hold it: on its last chunk or below.
         children: chunks that hang on its last one.
         hidden_children: those of them that are not in the snapshot.
@@ -39,6 +40,7 @@ class Branch:
     parent: str | None
     depth: int
     chunks: int
+    stored_chunks: int
     sharers: int
     children: int
     hidden_children: int
@@ -87,7 +89,7 @@ def take_snapshot(
     chunks = list(islice(walk, max_chunks))
     if max_depth is not None:
         chunks = list(takewhile(lambda node: node.depth <= max_depth, chunks))
-    sharers, used = _sharers(leased), _last_used(chunks)
+    sharers, used, stored = _sharers(leased), _last_used(chunks), _stored(chunks)
     shown = Counter(node.parent for node in chunks)
     now = time.monotonic()
 
@@ -98,6 +100,7 @@ def take_snapshot(
             parent=parent,
             depth=chain[0].depth - 1,
             chunks=len(chain),
+            stored_chunks=sum(node in stored for node in chain),
             sharers=sharers[last],
             children=len(last.children),
             hidden_children=len(last.children) - shown[last],
@@ -149,6 +152,19 @@ def _last_used(chunks: Sequence[Node]) -> dict[Node, float]:
         if parent in used:
             used[parent] = max(used[parent], used[node])
     return used
+
+
+def _stored(chunks: Sequence[Node]) -> set[Node]:
+    """The chunks of which a copy was handed to the cold tier. Parents come before children in `chunks`.
+
+    An object holds up to eight chunks and only the last of them is marked; whatever a stored chunk follows was stored
+    before it.
+    """
+    stored: set[Node] = set()
+    for node in reversed(chunks):
+        if node.is_cold or node.is_covered or node in stored:
+            stored |= {node, _parent(node)}
+    return stored
 
 
 def _parent(node: Node) -> Node:

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from stemcache.prefixtree.accounts import Lookup
+from stemcache.prefixtree.corpus import PublicCorpus
 from stemcache.prefixtree.errors import CapacityError, InvariantError
 from stemcache.prefixtree.eviction import EvictionPolicy
 from stemcache.prefixtree.explain import Explanation, explain
@@ -21,7 +23,7 @@ from stemcache.prefixtree.ledger import CopyTokens, Ledger, Watcher
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.snapshot import TreeSnapshot, take_snapshot
-from stemcache.prefixtree.tokens import TOKEN_BYTES, encode_tokens
+from stemcache.prefixtree.tokens import encode_tokens
 from stemcache.prefixtree.tree import Match
 
 __all__ = ["Lease", "NamespaceStats", "Occupancy", "PrefixStore", "StoreStats"]
@@ -98,6 +100,11 @@ class PrefixStore:
     ) -> None:
         self._ledger = Ledger(n_chunks, chunk_tokens, copy_tokens, policy, watcher)
         self._leases: set[Lease] = set()
+        self._corpus = PublicCorpus(self._ledger)
+
+    def share(self, namespace: Namespace) -> None:
+        """From now on what this namespace holds may be copied by all others: never one in which a user's text lies."""
+        self._corpus.namespace = namespace
 
     @property
     def chunk_tokens(self) -> int:
@@ -114,15 +121,14 @@ class PrefixStore:
             ValueError: a token id is not an integer from 0 to 2**32 - 1.
         """
         data = encode_tokens(tokens)
-        match = self._ledger.tree.match(namespace, data)
-        if match.partial is None:
-            lease = Lease(self._ledger, self._leases, match.node, [], match.full_tokens)
-        else:
-            lease = self._acquire_partial(match, match.partial)
-        self._ledger.counters.acquires += 1
-        self._ledger.counters.hit_tokens += lease.cached_tokens
-        self._ledger.counters.miss_tokens += len(tokens) - lease.cached_tokens
-        self._count(namespace, match.node, data, lease.cached_tokens)
+        with self._corpus.found(namespace, data) as match:
+            if match.partial is None:
+                lease = Lease(self._ledger, self._leases, match.node, [], match.full_tokens)
+            else:
+                lease = self._acquire_partial(match, match.partial)
+        evicted = self._ledger.count_evicted(match.node, data)
+        lease.lookup = Lookup.of(len(tokens), lease.cached_tokens, match.node.depth + evicted, self.chunk_tokens)
+        self._ledger.count(namespace.digest, lease.lookup)
         if self._ledger.watcher is not None:
             self._ledger.watcher.used(match.node)
         return lease
@@ -152,7 +158,9 @@ class PrefixStore:
 
     def match_tokens(self, tokens: Sequence[int], namespace: Namespace) -> int:
         """Return how many tokens `acquire` would find cached. No side effects; recency is not touched."""
-        return self._ledger.tree.match(namespace, encode_tokens(tokens)).tokens
+        data = encode_tokens(tokens)
+        match = self._corpus.match(namespace, data) or self._ledger.tree.match(namespace, data)
+        return match.tokens
 
     def explain(
         self, tokens: Sequence[int], namespace: Namespace, n_last: int = 0, others: Iterable[Namespace] = ()
@@ -168,7 +176,7 @@ class PrefixStore:
         """
         if not 0 <= n_last <= len(tokens):
             raise ValueError(f"n_last must be from 0 to {len(tokens)}, the number of tokens, not {n_last}")
-        return explain(self._ledger, namespace, encode_tokens(tokens), n_last, others)
+        return explain(self._ledger, self._corpus, namespace, encode_tokens(tokens), n_last, others)
 
     def snapshot(
         self, namespace: Namespace, max_chunks: int, *, max_depth: int | None = None, with_tokens: bool = False
@@ -278,19 +286,6 @@ class PrefixStore:
                 raise InvariantError(f"store: a lease at {lease.node} names other slots than its path")
             if not lease.node.depth <= lease.committed_tokens // self._ledger.tree.chunk_tokens:
                 raise InvariantError(f"store: a lease at {lease.node} committed only {lease.committed_tokens} tokens")
-
-    def _count(self, namespace: Namespace, node: Node, prompt: bytes, n_hits: int) -> None:
-        """Enter an acquired prompt into its namespace's account. `node` is the deepest whole chunk that it found."""
-        size = self._ledger.tree.chunk_tokens
-        n_tokens = len(prompt) // TOKEN_BYTES
-        n_whole = n_tokens - n_tokens % size
-        evicted_until = size * (node.depth + self._ledger.count_evicted(node, prompt))
-        account = self._ledger.accounts.of(namespace.digest)
-        account.acquires += 1
-        account.hit_tokens += n_hits
-        account.evicted_tokens += max(0, evicted_until - n_hits)
-        account.new_tokens += max(0, n_whole - max(evicted_until, n_hits))
-        account.unfinished_tokens += n_tokens - max(n_whole, n_hits)
 
     def _acquire_partial(self, match: Match, partial: Node) -> Lease:
         """Acquire with a copy of the tokens that match inside `partial`, or without it if there is no slot for them."""

@@ -74,11 +74,12 @@ class Catalogue:
             removed: list[int] = []
             version, created = (1, now) if old is None else (old.version + (not same), old.created_at)
             fields = (document.title, document.text, json.dumps(dict(document.metadata)), document.content_hash)
-            times = (created, now, document.expires_at, document.pinned)
+            times = (created, now, document.expires_at, document.pinned, document.system_prompt)
             db.execute(
-                "INSERT INTO documents VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET title=excluded.title, "
-                "text=excluded.text, metadata=excluded.metadata, hash=excluded.hash, version=excluded.version, "
-                "updated_at=excluded.updated_at, expires_at=excluded.expires_at, pinned=excluded.pinned",
+                "INSERT INTO documents VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET "
+                "title=excluded.title, text=excluded.text, metadata=excluded.metadata, hash=excluded.hash, "
+                "version=excluded.version, updated_at=excluded.updated_at, expires_at=excluded.expires_at, "
+                "pinned=excluded.pinned, system_prompt=excluded.system_prompt",
                 (owner, document.id, *fields, version, *times),
             )
             added: list[int] = []
@@ -207,7 +208,7 @@ _KINDS: Final = {
 }
 
 _RECORDS: Final = (
-    "SELECT id, title, text, metadata, expires_at, pinned, version, created_at, updated_at, "
+    "SELECT id, title, text, metadata, expires_at, pinned, system_prompt, version, created_at, updated_at, "
     "(SELECT count(*) FROM passages p WHERE p.owner = documents.owner AND p.document_id = documents.id) "
     "FROM documents WHERE owner = ? "
 )
@@ -218,9 +219,15 @@ _PASSAGES: Final = (
 
 
 def _record(row: Sequence[Any]) -> Record:
-    name, title, text, metadata, expires_at, pinned, *rest = row
+    name, title, text, metadata, expires_at, pinned, system_prompt, *rest = row
     document = Document(
-        id=name, title=title, text=text, metadata=json.loads(metadata), expires_at=expires_at, pinned=bool(pinned)
+        id=name,
+        title=title,
+        text=text,
+        metadata=json.loads(metadata),
+        expires_at=expires_at,
+        pinned=bool(pinned),
+        system_prompt=system_prompt,
     )
     return Record(document, *rest)
 

@@ -12,15 +12,21 @@ left, nor will a request that was prepared before leave any.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from stemcache.engine.blend import Blend
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import InvalidRequestError
+from stemcache.engine.outputs import Usage
 from stemcache.engine.sampling import SamplingParams
+from stemcache.engine.stream import Stream
+from stemcache.engine.tentative import Tentative
 from stemcache.ragcache.answer import Answer, sources
 from stemcache.ragcache.blending import Blending
 from stemcache.ragcache.catalogue import Catalogue
@@ -32,8 +38,12 @@ from stemcache.ragcache.errors import CatalogueError
 from stemcache.ragcache.index import KINDS, Kind
 from stemcache.ragcache.library import Library
 from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
+from stemcache.ragcache.reuse import DocumentReuse, Reuse
+from stemcache.ragcache.speculation import Speculation, SpeculationStats, Submit
 from stemcache.ragcache.splitter import Splitter
 from stemcache.ragcache.warming import Warming
+
+log = logging.getLogger(__name__)
 
 DEFAULT = Space()
 PASSAGE_TOKENS = 512
@@ -49,6 +59,8 @@ class ContextCache:
         index: "flat" compares with all passages, "ivf" and "hnsw" with some. See docs/documents.md.
         passage_tokens: documents are split into passages of so many tokens at most; None leaves them whole.
         system_prompt: what stands before the documents, in `ask`, `warm` and `pin`.
+        speculate: let the engine begin with the documents found so far, where searches take long enough. No answer
+            changes.
         clock: seconds since 1970.
 
     Attributes:
@@ -66,6 +78,7 @@ class ContextCache:
         index: Kind = "flat",
         passage_tokens: int | None = PASSAGE_TOKENS,
         system_prompt: str = "",
+        speculate: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if index not in KINDS:
@@ -84,7 +97,10 @@ class ContextCache:
             raise
         self._catalogue = catalogue
         self._preparation = Preparation(engine, self._library)
+        self._speculates = speculate
+        self._speculation = Speculation(engine, self._library, self.submitted)
         self._warming = Warming(self._preparation, self._documents)
+        self._reuse = Reuse(engine.cache)
         self.blending = Blending(engine, self._documents)
 
     # -- documents -----------------------------------------------------------------------------------------------------
@@ -98,7 +114,8 @@ class ContextCache:
     ) -> Sequence[Change]:
         """Add documents, or change those with the same ids. Each is complete before the next begins.
 
-        on_progress: called after each. Raises DocumentError, EmbedderError, CatalogueError.
+        on_progress: called after each. Raises DocumentError, EmbedderError, CatalogueError, and InvalidRequestError for
+        one that was to be pinned and could not be; it is there then, but not pinned.
         """
         changes = []
         for document in documents:
@@ -110,12 +127,13 @@ class ContextCache:
         return changes
 
     def update(self, document_id: str, *, space: Space = DEFAULT, **changes: Any) -> Change:
-        """Change some fields of a document: text, title, metadata, expires_at, pinned. Raises DocumentError."""
+        """Change some fields of a document, as they are named in `Document`. Raises DocumentError, and as `add`."""
         return self._put(space, updated(self.get(document_id, space=space).document, changes))
 
     def delete(self, document_id: str, *, space: Space = DEFAULT) -> int:
         """Delete a document and all that was computed from it; returns the number of chunks. Raises DocumentError."""
         self._warming.forget(document_id, space)  # the engine's pins end with the chunks
+        self._reuse.forget(space.owner, document_id)
         return self._documents.delete(space.owner, document_id)
 
     def get(self, document_id: str, *, space: Space = DEFAULT) -> Record:
@@ -157,29 +175,42 @@ class ContextCache:
         """Warm a document and keep it, whole chunks of it, from being evicted; returns the tokens of the pins.
 
         It is remembered as pinned; after a restart `warm_pinned` pins it again. Raises as `warm`, and
-        InvalidRequestError when pins would hold more than their share of the pool.
+        InvalidRequestError when pins would hold more than their share of the pool; then it is not pinned.
         """
-        self.unpin(document_id, space=space)
-        self.update(document_id, space=space, pinned=True)
-        return self._warming.pin(document_id, self._messages("?", system_prompt), space)
+        known = self.get(document_id, space=space).document
+        document = replace(known, pinned=True, system_prompt=system_prompt)
+        self._documents.put(space.owner, document)
+        self._warming.unpin(document_id, space)
+        return self._pin(document, space)
 
     def unpin(self, document_id: str, *, space: Space = DEFAULT) -> None:
         """End the pins of a document; it stays cached until room is needed. Raises DocumentNotFoundError."""
         self.update(document_id, space=space, pinned=False)
 
-    def warm_pinned(self, *, system_prompt: str | None = None, space: Space = DEFAULT) -> int:
-        """Pin again the documents that are remembered as pinned; returns how many."""
-        own = [document_id for owner, document_id in self._catalogue.pinned() if owner == space.owner]
-        for document_id in own:
-            self.pin(document_id, system_prompt=system_prompt, space=space)
-        return len(own)
+    def warm_pinned(self, *, space: Space = DEFAULT, should_stop: Callable[[], bool] = lambda: False) -> int:
+        """Pin again the documents that are remembered as pinned, as far as there is room for pins; returns how many."""
+        pinned = 0
+        for owner, document_id in self._catalogue.pinned():
+            if owner != space.owner or should_stop():
+                continue
+            try:
+                document = self.get(document_id, space=space).document
+                self._warming.unpin(document_id, space)
+                self._warming.pin(document_id, self._messages("?", document.system_prompt), space)
+                pinned += 1
+            except InvalidRequestError as error:  # a smaller pool than before, or the document is gone
+                log.warning("document %r is not pinned again: %s", document_id, error)
+        return pinned
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
     def retrieve(self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT) -> Sequence[Retrieved]:
         """The passages nearest to a question, the best first. Raises NoDocumentsError, EmbedderError."""
         self._documents.expire()
-        return self._preparation.retrieve(space, question, wish or Wish())[0]
+        wish = wish or Wish()
+        found = self._library.search(space.owner, question, wish.k, wish.where)
+        self._preparation.notes_on(space, found, wish)
+        return found
 
     def retrieve_stages(
         self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT
@@ -203,19 +234,29 @@ class ContextCache:
         space: Space = DEFAULT,
         template: Template | None = None,
         answer_tokens: int = 1,
+        submit: Submit | None = None,
     ) -> Prepared:
         """The prompt of a conversation, with documents for `question`. Submit `tokens` with `blend`, call `submitted`.
 
+        submit: how to submit prompts with the documents found so far, as long as the search goes on. The result has a
+            `stream` then, if one of them was right. Not used with `explain`, which is about what comes before.
         Raises NoDocumentsError, ContextLengthError, EmbedderError.
         """
         wish = self._allowed(wish)
         self._documents.expire()
         epoch = self._documents.epoch
-        found, notes = self._preparation.retrieve(space, question, wish)
-        prepared = self._preparation.compose(
-            space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
-        )
-        return self._noted(prepared, wish)
+
+        def composed(found: Sequence[Retrieved]) -> Prepared:
+            notes = self._preparation.notes_on(space, found, wish)
+            prepared = self._preparation.compose(
+                space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
+            )
+            return self._noted(prepared, wish)
+
+        # What is moved to its place costs so little that nothing is saved by beginning early.
+        if submit is None or wish.explain or wish.reuse == "blend" or not self._speculates:
+            return self._asked_for(composed(self._library.search(space.owner, question, wish.k, wish.where)))
+        return self._asked_for(self._speculation.prepare(space, question, wish, composed, submit))
 
     def prepare_given(
         self,
@@ -235,7 +276,7 @@ class ContextCache:
         prepared = self._preparation.compose(
             space, epoch, messages, given, wish, template=template, answer_tokens=answer_tokens, may_leave_out=False
         )
-        return self._noted(prepared, wish)
+        return self._asked_for(self._noted(prepared, wish))
 
     def is_current(self, prepared: Prepared) -> bool:
         """Whether no document was changed since; then `submitted` has nothing to do. Does not wait."""
@@ -244,6 +285,15 @@ class ContextCache:
     def submitted(self, prepared: Prepared) -> None:
         """To be called once a prepared prompt was submitted: a document may have been deleted in between."""
         self._documents.verify(prepared.epoch, prepared.space.owner, prepared.marks)
+
+    def started(self, prepared: Prepared, usage: Usage) -> None:
+        """To be called once a submitted prompt has been read: what `reuse` tells."""
+        self._reuse.count(prepared, usage)
+
+    def reuse(self, limit: int = 100, *, space: Space = DEFAULT) -> Sequence[DocumentReuse]:
+        """What prompts found of each document in the cache, of those used last, and what is cached of them now."""
+        found = self._reuse.of(space, limit)
+        return [each for each in found if self.has(each.document_id, space=space)]  # others' time was over
 
     def ask(
         self,
@@ -260,11 +310,23 @@ class ContextCache:
         """
         if params.n != 1:
             raise InvalidRequestError("ask gives one answer: leave 'n' out", param="n")
-        wanted = Wish(k=k, **wish)
+
+        def submit(tokens: Sequence[int], tentative: Tentative) -> Stream:
+            return self._submit(tokens, params, space, tentative)
+
         prepared = self.prepare(
-            self._messages(question), question, wanted, space=space, answer_tokens=params.max_tokens or 1
+            self._messages(question),
+            question,
+            Wish(k=k, **wish),
+            space=space,
+            answer_tokens=params.max_tokens or 1,
+            submit=submit,
         )
         return self._answer(prepared, params)
+
+    def speculation(self) -> SpeculationStats:
+        """What came of the prompts that were submitted before their search had ended."""
+        return self._speculation.stats()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -288,9 +350,22 @@ class ContextCache:
 
     def _put(self, space: Space, document: Document) -> Change:
         change = self._documents.put(space.owner, document)
-        if change.status == "updated" and not document.pinned:
+        if change.status == "updated":
             self._warming.unpin(document.id, space)
+        if document.pinned and change.status != "unchanged":
+            self._pin(document, space)
         return change
+
+    def _pin(self, document: Document, space: Space) -> int:
+        """Have a document pinned that is remembered as pinned; or, where that cannot be, not remembered so."""
+        try:
+            return self._warming.pin(document.id, self._messages("?", document.system_prompt), space)
+        except InvalidRequestError as error:
+            self._warming.unpin(document.id, space)
+            self._documents.put(space.owner, replace(document, pinned=False, system_prompt=None))
+            error.param = "pinned"
+            error.args = (f"document '{document.id}' was added, but cannot be pinned: {error}",)
+            raise
 
     def _messages(self, question: str | None, system_prompt: str | None = None) -> Sequence[Message]:
         system = self.system_prompt if system_prompt is None else system_prompt
@@ -311,13 +386,27 @@ class ContextCache:
             self.blending.read(prepared)
         return prepared
 
+    def _asked_for(self, prepared: Prepared) -> Prepared:
+        self._preparation.paths.count(each.passage.key for each in prepared.retrieved)
+        return prepared
+
+    def _submit(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        space: Space,
+        tentative: Tentative | None = None,
+        blend: Blend | None = None,
+    ) -> Stream:
+        return self.engine.submit(
+            tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, tentative=tentative, blend=blend
+        )
+
     def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
-        space = prepared.space
-        with self.engine.submit(
-            prepared.tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, blend=prepared.blend
-        ) as stream:
+        with prepared.stream or self._submit(prepared.tokens, params, prepared.space, blend=prepared.blend) as stream:
             self.submitted(prepared)
             deltas = list(stream)
+        self.started(prepared, stream.usage)
         reason = deltas[-1].finish_reason
         assert reason is not None
         usage = stream.usage

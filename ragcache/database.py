@@ -14,12 +14,13 @@ from typing import Any, Final
 
 from stemcache.ragcache.errors import CatalogueError
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE settings(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE documents(
     owner TEXT, id TEXT, title TEXT, text TEXT, metadata TEXT, hash TEXT, version INT,
-    created_at REAL, updated_at REAL, expires_at REAL, pinned INT, PRIMARY KEY(owner, id)) WITHOUT ROWID;
+    created_at REAL, updated_at REAL, expires_at REAL, pinned INT, system_prompt TEXT,
+    PRIMARY KEY(owner, id)) WITHOUT ROWID;
 CREATE INDEX by_expiry ON documents(expires_at) WHERE expires_at IS NOT NULL;
 CREATE TABLE passages(
     key INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT, document_id TEXT, position INT, text TEXT, hash TEXT,
@@ -55,6 +56,9 @@ class Database:
                 self.set("format", _FORMAT)
             elif self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'doomed'").fetchone() is None:
                 raise CatalogueError(f"{path} is a SQLite file, but no catalogue of stemcache: name another one")
+            elif self.get_setting("format") == 1:  # it did not say what documents are pinned after
+                self._db.execute("ALTER TABLE documents ADD COLUMN system_prompt TEXT")
+                self.set("format", _FORMAT)
             elif self.get_setting("format") != _FORMAT:
                 raise CatalogueError(f"{path} was written by another version of stemcache: add the documents anew")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from stemcache.engine.cache import Cache
+from stemcache.prefixtree.errors import TierError
 from stemcache.prefixtree.footprint import Footprint
 from stemcache.ragcache.catalogue import Catalogue
 from stemcache.ragcache.documents import Change, Document
@@ -29,6 +30,9 @@ Notes = Sequence[tuple[int, Footprint]]
 SWEEP_EVERY: Final = 1 << 14
 _SETTLED_SECONDS: Final = 3600.0
 
+_RETRY_SECONDS: Final = 5.0
+"""Between two attempts to have a tier forget that did not answer."""
+
 
 class DocumentStore:
     """Changes of documents, and what they mean for the cache. From any thread."""
@@ -42,7 +46,8 @@ class DocumentStore:
         self._lock = threading.Lock()
         self._epoch = 0
         self._noted = 0
-        self.clean()  # what a crash has left
+        self._clean_at = 0.0  # when to try again what a tier has kept from being forgotten
+        self._clean_or_owe()  # what a crash has left
 
     @property
     def epoch(self) -> int:
@@ -50,7 +55,10 @@ class DocumentStore:
         return self._epoch
 
     def put(self, owner: str, document: Document) -> Change:
-        """Add a document or change the one with its id. Raises EmbedderError, CatalogueError, EngineClosedError."""
+        """Add a document or change the one with its id.
+
+        Raises EmbedderError, CatalogueError, EngineClosedError, TierError.
+        """
         stored = self._library.put(owner, document)
         return Change(stored.record, stored.status, self._changed() if stored.removed else 0)
 
@@ -60,11 +68,16 @@ class DocumentStore:
         return self._changed()
 
     def expire(self) -> None:
-        """Delete the documents whose time is over."""
+        """Delete the documents whose time is over, and what a tier that did not answer still owes."""
+        if 0.0 < self._clean_at <= self._clock():
+            self._clean_or_owe()
         for owner, document_id in self._catalogue.expired():
             try:
                 self.delete(owner, document_id)
             except DocumentNotFoundError:  # another thread was faster
+                continue
+            except TierError as error:
+                log.warning("%s", error)
                 continue
             log.info("a document's time was over, it was deleted")
 
@@ -81,13 +94,18 @@ class DocumentStore:
         """After a prompt was submitted that was prepared at `epoch`: forget what was changed in between."""
         if notes and epoch != self._epoch:
             self._trail.note(owner, notes)
-            self.clean()
+            self._clean_or_owe()
 
     def clean(self) -> int:
-        """Have the cache forget what was computed from content that is no more; returns how many chunks it were."""
+        """Have the cache forget what was computed from content that is no more; returns how many chunks it were.
+
+        Raises TierError if a tier did not answer: it is done again by `expire`, until it does, also after a restart.
+        """
+        self._clean_at = self._clock() + _RETRY_SECONDS
         doomed = self._trail.doomed()
         done = self._cache.forget(set(doomed.values()))
         self._trail.confirm(doomed)
+        self._clean_at = 0.0
         return done.chunks
 
     def sweep(self) -> None:
@@ -100,4 +118,13 @@ class DocumentStore:
     def _changed(self) -> int:
         with self._lock:
             self._epoch += 1
-        return self.clean()
+        try:
+            return self.clean()
+        except TierError as error:
+            raise TierError(f"the documents are changed, but {error}; this is done by itself") from error
+
+    def _clean_or_owe(self) -> None:
+        try:
+            self.clean()
+        except TierError as error:
+            log.warning("what was computed from deleted documents is not gone yet: %s", error)

@@ -7,18 +7,21 @@ document's passages are what is retrieved and put into prompts; together they ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from stemcache.ragcache.errors import DocumentError
 
 Scalar = str | int | float | bool
+Value = Scalar | Sequence[Any] | Mapping[str, Any] | None
 Status = Literal["created", "updated", "unchanged"]
 
 MAX_ID: Final = 256
 MAX_METADATA: Final = 64
-MAX_METADATA_VALUE: Final = 1024
+MAX_METADATA_VALUE: Final = 8192
+MAX_METADATA_LEVELS: Final = 16  # SQLite reads JSON of up to 1,000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +29,10 @@ class Document:
     """What is added.
 
     id: unique for its owner; made from the content if it is empty, so that the same text is the same document.
-    metadata: what retrieval can filter by. expires_at: in seconds since 1970; None for never.
-    pinned: its keys and values, right after the system prompt, are kept from eviction as far as there is room.
+    metadata: what JSON can hold; retrieval can filter by texts, numbers and booleans. expires_at: in seconds since
+        1970; None for never.
+    pinned: its keys and values, right after the system prompt, are kept from eviction.
+    system_prompt: what it is pinned after; None for the context cache's own. Only of pinned documents.
 
     Raises DocumentError.
     """
@@ -35,13 +40,16 @@ class Document:
     text: str
     id: str = ""
     title: str = ""
-    metadata: Mapping[str, Scalar] = field(default_factory=dict)
+    metadata: Mapping[str, Value] = field(default_factory=dict)
     expires_at: float | None = None
     pinned: bool = False
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise DocumentError("the document's text is empty", param="text")
+        if self.system_prompt is not None and not self.pinned:
+            raise DocumentError("'system_prompt' is what a document is pinned after: pin it too", param="system_prompt")
         if not self.id:
             object.__setattr__(self, "id", f"doc-{self.content_hash[:24]}")
         _check_id(self.id)
@@ -93,7 +101,7 @@ class Passage:
     version: int
     title: str
     text: str
-    metadata: Mapping[str, Scalar] = field(default_factory=dict)
+    metadata: Mapping[str, Value] = field(default_factory=dict)
 
     @property
     def for_template(self) -> dict[str, str]:
@@ -111,9 +119,11 @@ class Retrieved:
 
 def updated(document: Document, changes: Mapping[str, Any]) -> Document:
     """`document` with some of its fields changed. Raises DocumentError for names that are none."""
-    unknown = set(changes) - {"text", "title", "metadata", "expires_at", "pinned"}
+    unknown = set(changes) - {"text", "title", "metadata", "expires_at", "pinned", "system_prompt"}
     if unknown:
         raise DocumentError(f"a document has no field '{min(unknown)}' that can be updated", param=min(unknown))
+    if changes.get("pinned") is False:
+        changes = {"system_prompt": None, **changes}
     return replace(document, **changes)
 
 
@@ -129,13 +139,33 @@ def _check_id(name: str) -> None:
         raise DocumentError(f"the document id {name[:64]!r} {problem}", param="id")
 
 
-def _check_metadata(metadata: Mapping[str, Scalar]) -> None:
+def _check_metadata(metadata: Mapping[str, Value]) -> None:
     if len(metadata) > MAX_METADATA:
         raise DocumentError(f"metadata may have {MAX_METADATA} entries, not {len(metadata)}", param="metadata")
     for name, value in metadata.items():
-        if not isinstance(value, str | int | float | bool) or len(str(value)) > MAX_METADATA_VALUE:
+        if not _is_storable(name, value):
             raise DocumentError(
-                f"metadata values are texts of up to {MAX_METADATA_VALUE} characters, numbers or booleans; "
-                f"{name[:64]!r} is not",
+                f"metadata values are what JSON can hold, of up to {MAX_METADATA_VALUE} characters and "
+                f"{MAX_METADATA_LEVELS} levels; {name[:64]!r} is not",
                 param=f"metadata.{name[:64]}",
             )
+
+
+def _is_storable(name: str, value: Value) -> bool:
+    """Whether what is read back from JSON in UTF-8 is what it was."""
+    if _is_deeper(value, MAX_METADATA_LEVELS):
+        return False
+    try:
+        text = json.dumps({name: value}, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError):  # an object, infinity, half of a surrogate pair
+        return False
+    return len(text) <= MAX_METADATA_VALUE
+
+
+def _is_deeper(value: Value, levels: int) -> bool:
+    """Whether lists and objects stand in one another on more than so many levels."""
+    if isinstance(value, str) or not isinstance(value, Sequence | Mapping):
+        return False
+    inner = value.values() if isinstance(value, Mapping) else value
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inner)

@@ -72,22 +72,18 @@ class Library:
 
     def search(self, owner: str, question: str, k: int, where: Filter | None = None) -> list[Retrieved]:
         """Up to `k` passages, the nearest first. Raises EmbedderError."""
-        vector, allowed = self._asked(owner, question, where)
-        with self._lock:
-            found = self._index(owner).search(vector, k, allowed)
-        return self._retrieved(owner, found)
+        (found,) = self.stages(owner, question, k, where, whole=True)
+        return found
 
-    def stages(self, owner: str, question: str, k: int, where: Filter | None = None) -> Iterator[list[Retrieved]]:
-        """`search` in steps: what is known so far, and at last the result. Changes meanwhile may show or not."""
-        vector, allowed = self._asked(owner, question, where)
-        with self._lock:
-            stages = self._index(owner).stages(vector, k, allowed)
-        while True:
-            with self._lock:
-                found = next(stages, None)
-            if found is None:
-                return
-            yield self._retrieved(owner, found)
+    def stages(
+        self, owner: str, question: str, k: int, where: Filter | None = None, *, whole: bool = False
+    ) -> Iterator[list[Retrieved]]:
+        """`search` in steps: what is known so far, and at last the result. Changes meanwhile may show or not.
+
+        The question is embedded by this call, the rest is the iterator's. whole: search at once, in one step.
+        """
+        allowed = None if not where else self.catalogue.keys_where(owner, where)
+        return self._searched(owner, self._embedder.embed_question(question), k, allowed, whole)
 
     def save(self) -> None:
         """Write the indexes beside the catalogue, so that the next start need not make them."""
@@ -102,9 +98,18 @@ class Library:
                     index.save(partial)
                     partial.replace(self._file(owner))
 
-    def _asked(self, owner: str, question: str, where: Filter | None) -> tuple[Vectors, Sequence[int] | None]:
-        allowed = None if not where else self.catalogue.keys_where(owner, where)
-        return self._embedder.embed_question(question), allowed
+    def _searched(
+        self, owner: str, vector: Vectors, k: int, allowed: Sequence[int] | None, whole: bool
+    ) -> Iterator[list[Retrieved]]:
+        with self._lock:
+            index = self._index(owner)
+            stages = iter([index.search(vector, k, allowed)]) if whole else index.stages(vector, k, allowed)
+        while True:
+            with self._lock:
+                found = next(stages, None)
+            if found is None:
+                return
+            yield self._retrieved(owner, found)
 
     def _retrieved(self, owner: str, found: Sequence[Found]) -> list[Retrieved]:
         scores = {each.key: each.score for each in found}

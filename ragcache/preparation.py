@@ -14,6 +14,7 @@ from stemcache.engine.blend import Blend
 from stemcache.engine.cache import Cache
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import ContextLengthError, InvalidRequestError
+from stemcache.engine.stream import Stream
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.footprint import Footprint
 from stemcache.ragcache.catalogue import Filter
@@ -74,7 +75,8 @@ class Wish:
 class Prepared:
     """A prompt that is ready to be submitted, with `blend` if it has one.
 
-    `epoch` is the document store's when the preparation began.
+    epoch: the document store's when the preparation began.
+    stream: of its answer, where it was submitted already; to be read or cancelled.
     """
 
     space: Space
@@ -86,6 +88,7 @@ class Prepared:
     explanation: Explanation | None = None
     advice: str | None = None
     blend: Blend | None = None
+    stream: Stream | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -100,15 +103,14 @@ class Preparation:
     library: Library
     paths: Paths = field(default_factory=Paths)
 
-    def retrieve(self, space: Space, question: str, wish: Wish) -> tuple[list[Retrieved], list[str]]:
-        """The passages nearest to a question, and notes. Raises NoDocumentsError, EmbedderError."""
-        found = self.library.search(space.owner, question, wish.k, wish.where)
+    def notes_on(self, space: Space, found: Sequence[Retrieved], wish: Wish) -> list[str]:
+        """What to say of the passages that were found. Raises NoDocumentsError if there are none."""
         if not found and not self.library.catalogue.count(space.owner):
             raise NoDocumentsError("there are no documents to retrieve from: add some first")
         if not found:
             raise NoDocumentsError("no document has the metadata that the filter asks for: widen it, or leave it out")
         few = f"{wish.k} passages were asked for, and there are only {len(found)}"
-        return found, [few] if len(found) < wish.k else []
+        return [few] if len(found) < wish.k else []
 
     def identify(self, space: Space, documents: Sequence[tuple[str, str]]) -> list[Retrieved]:
         """Documents (title, text) that the caller brought. Those that are the owner's are told by their content."""
@@ -144,7 +146,6 @@ class Preparation:
             if ordered != kept:
                 context, kept = compose(self.engine.prompts, messages, _texts(ordered), template), ordered
         keys = [each.passage.key for each in kept]
-        self.paths.count(keys)
         stops = [stop for _, stop in context.spans]
         self.paths.remember(space_of(space.tenant, space.cache_salt, context.head), context.tokens, keys, stops)
         explanation = self._explain(space, context) if wish.explain else None

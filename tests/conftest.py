@@ -1,5 +1,5 @@
-"""For all tests: those of `tests/clients` run when they are asked for (`make test-clients`), not with the rest;
-Triton's kernels run under its interpreter where there is no GPU."""
+"""For all tests: those of `tests/clients`, `tests/page` and `tests/stack/running` run when they are asked for, not with
+the rest (`make test-clients`, `test-page`, `test-stack`); Triton's kernels run under its interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before any test can do that
 
-CLIENTS = Path(__file__).with_name("clients")
+APART = {Path(__file__).parent / name for name in ("clients", "page", "stack/running")}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    asked = any(Path(arg.partition("::")[0]).resolve().is_relative_to(CLIENTS) for arg in config.args)
-    return True if collection_path == CLIENTS and not asked else None
+    if collection_path not in APART:
+        return None
+    asked = any(Path(arg.partition("::")[0]).resolve().is_relative_to(collection_path) for arg in config.args)
+    return None if asked else True

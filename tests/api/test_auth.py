@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from stemcache import Engine
 from stemcache.api.keys import Keyring
+from stemcache.api.live_page import PATHS
 from stemcache.api.server import create_app
 
 KEYS = {"alice-key-0123456789": "alice", "alice-next-0123456789": "alice", "bob-key-0123456789ab": "bob"}
@@ -41,11 +42,13 @@ def cached(app: FastAPI, key: str, prompt: list[int], **fields: Any) -> int:
     return int(response.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def test_everything_but_health_needs_a_key(app: FastAPI) -> None:
+def test_everything_but_health_and_the_live_page_needs_a_key(app: FastAPI) -> None:
     routes = {(method, route.path) for route in app.routes for method in getattr(route, "methods", ())}
     routes |= {("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/metrics"), ("HEAD", "/metrics"), ("POST", "/no")}
     assert len(routes) > 10
-    for method, path in routes - {("GET", "/health"), ("GET", "/ping")}:
+    for method, path in routes - {
+        (method, path) for method in ("GET", "HEAD") for path in {"/health", "/ping"} | PATHS
+    }:
         for key in (None, "", "wrong", ALICE[:-1]):
             response = call(app, method, path, key)
             assert response.status_code == 401, (method, path)

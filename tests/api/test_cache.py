@@ -17,6 +17,7 @@ from stemcache.api.cache_answers import (
     CacheExplanation,
     CachePin,
     CachePins,
+    CacheRequests,
     CacheStatistics,
     CacheTree,
     CacheUnpin,
@@ -140,6 +141,7 @@ def test_answers_are_as_described(cache: httpx.Client) -> None:
     pin = CachePin.model_validate(cache.post("/v1/cache/pin", json=prompt).json())
     CachePins.model_validate(cache.get("/v1/cache/pin").json())
     CacheStatistics.model_validate(cache.get("/v1/cache/stats").json())
+    CacheRequests.model_validate(cache.get("/v1/cache/requests").json())
     for query in ({}, {"text": "true"}):
         CacheTree.model_validate(cache.get("/v1/cache/tree", params=query).json())
     CacheUnpin.model_validate(cache.delete(f"/v1/cache/pin/{pin.id}").json())
@@ -227,6 +229,32 @@ def test_the_statistics_add_up(cache: httpx.Client) -> None:
     assert own["hit_tokens"] + own["miss_tokens"] - before["hit_tokens"] - before["miss_tokens"] == 2 * (
         warmed[0]["prompt_tokens"] - 1
     )
+
+
+def test_the_latest_requests_are_told(cache: httpx.Client) -> None:
+    before = cache.get("/v1/cache/requests", params={"limit": 1}).json()["data"]
+    prompt = DATED.format(name="berth", day="Sunday")
+    post(cache, "warm", prompt="Only read, so there is no first token of it. " * 3)
+    usages = [cache.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1}).json()["usage"] for _ in range(2)]
+    flood(cache)
+    usages.append(cache.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1}).json()["usage"])
+    latest = cache.get("/v1/cache/requests").json()["data"]
+    first = latest[0]["number"] - 2
+    assert first == (before[0]["number"] if before else 0) + 1
+    assert [each["number"] for each in latest[:3]] == [first + 2, first + 1, first]
+    for each, usage in zip(latest, reversed(usages), strict=False):
+        assert each["prompt_tokens"] == usage["prompt_tokens"]
+        assert each["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"]
+        assert 0 < each["first_token_seconds"] < each["first_token_seconds"] + each["age_seconds"]
+    assert latest[0]["evicted_tokens"] == latest[1]["cached_tokens"] > 0 == latest[1]["evicted_tokens"]
+    told = cache.get("/v1/cache/stats").json()["tenant"]["first_token"]
+    assert told["cached"]["requests"] + told["computed"]["requests"] == len(latest)
+    assert told["cached"]["median_seconds"] > 0 < told["computed"]["median_seconds"]
+    assert cache.get("/v1/cache/requests", params={"cache_salt": "elsewhere"}).json()["data"] == []
+    assert len(cache.get("/v1/cache/requests", params={"limit": 2}).json()["data"]) == 2
+    for query, param in (("limit=0", "limit"), ("limit=201", "limit"), ("x=1", "x")):
+        assert refusal(cache.get(f"/v1/cache/requests?{query}"))["param"] == param
+    assert refusal(cache.get("/v1/cache/stats?documents=1001"))["param"] == "documents"
 
 
 def test_the_tree_is_bounded_and_its_text_is_whole(cache: httpx.Client) -> None:
@@ -396,7 +424,10 @@ def shape(value: Any) -> Any:
 
 def test_the_manuals_examples_are_what_the_server_says(cache: httpx.Client) -> None:
     found = list(examples())
-    assert len(found) == 7
+    assert len(found) == 8
+    for _ in range(2):  # one that is computed and one that is cached, which the examples tell of
+        cache.post("/v1/completions", json={"prompt": [9, *range(60, 120)], "max_tokens": 1}).raise_for_status()
+    cache.post("/v1/cache/clear").raise_for_status()
     for method, path, body, answer in found:
         response = cache.request(method, path, content=body, headers={"Content-Type": "application/json"})
         assert shape(response.json()) == shape(answer), path

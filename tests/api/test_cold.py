@@ -10,7 +10,7 @@ import pytest
 
 from stemcache.api import cli
 from stemcache.api.cold_options import EVERYBODY, address_from, seal_from, tenant_secret
-from stemcache.api.server_process import ServerProcess
+from stemcache.api.server_process import ServerProcess, free_port
 from stemcache.api.settings import Settings
 from stemcache.prefixtree.tiers.disk import DiskTier
 
@@ -77,6 +77,19 @@ def test_a_server_is_warm_after_its_restart(tmp_path: Path, capsys: pytest.Captu
     assert run("clear", "--namespace", "00" * 16, "--yes") == (0, "0 objects deleted\n")
     assert run("clear", "--namespace", namespace, "--yes") == (0, "2 objects deleted\n")
     assert run("ls")[1] == run("verify")[1] == "nothing is stored\n"
+
+
+def test_a_tier_that_is_not_there_is_told_when_it_should_forget() -> None:
+    with ServerProcess("--cold", f"redis://127.0.0.1:{free_port()}", "--pool-bytes", "64MiB") as server:
+        server.wait_until_ready()
+        assert ask(server.url) == 0
+        answer = httpx.post(f"{server.url}/v1/cache/clear", trust_env=False)
+        assert answer.status_code == 503
+        error = answer.json()["error"]
+        assert error["code"] == "tier_failed"
+        assert "the redis tier did not answer" in error["message"]
+        assert ask(server.url) == 0, "the device was cleared all the same"
+        assert ask(server.url) >= 512
 
 
 def test_a_tier_that_cannot_be_had_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

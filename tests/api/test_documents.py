@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ import openai
 import pytest
 
 from stemcache.api.answers import ChatAnswer, ErrorAnswer
+from stemcache.api.cache_answers import CacheStatistics
 from stemcache.api.cli import _parser, main
 from stemcache.api.document_answers import (
     ChangedDocument,
@@ -22,6 +24,7 @@ from stemcache.api.document_answers import (
     DeletedDocuments,
     DocumentAnswer,
     DocumentList,
+    FoundPassages,
 )
 from stemcache.api.document_service import open_documents
 from stemcache.api.server_process import ServerProcess
@@ -177,6 +180,31 @@ def test_what_was_reused_is_told(alice: httpx.Client, tenants: ServerProcess) ->
     assert [each["id"] for each in told] == [DOCUMENTS[2]["id"], None]
 
 
+def test_the_statistics_tell_of_each_document(alice: httpx.Client, bob: httpx.Client) -> None:
+    add(alice, DOCUMENTS)
+    expected: dict[str, tuple[int, int, int]] = {}
+    for ask in range(3):
+        for each in chat(alice, FACTS[ask % 2].facts[0].question, rag={"k": 3})["rag"]["documents"]:
+            requests, hits, tokens = expected.get(each["id"], (0, 0, 0))
+            expected[each["id"]] = (requests + 1, hits + each["cached_tokens"], tokens + each["tokens"])
+    stats = CacheStatistics.model_validate(alice.get("/v1/cache/stats").json())
+    told = {each.id: each for each in stats.tenant.documents}
+    assert {
+        name: (each.requests, each.hit_tokens, each.hit_tokens + each.miss_tokens) for name, each in told.items()
+    } == (expected)
+    for each in told.values():
+        cached = each.tiers["device"]
+        assert sum(each.misses.model_dump().values()) == each.miss_tokens
+        assert 0 < cached.tokens.cached <= each.requests * each.tokens
+        assert cached.bytes.cached == cached.tokens.cached * stats.bytes_per_token
+    assert len(alice.get("/v1/cache/stats", params={"documents": 1}).json()["tenant"]["documents"]) == 1
+    assert alice.get("/v1/cache/stats", params={"cache_salt": "x"}).json()["tenant"]["documents"] == []
+    assert bob.get("/v1/cache/stats").json()["tenant"]["documents"] == []
+    alice.delete(f"/v1/documents/{stats.tenant.documents[0].id}").raise_for_status()
+    left = alice.get("/v1/cache/stats").json()["tenant"]["documents"]
+    assert [each["id"] for each in left] == [each.id for each in stats.tenant.documents[1:]]
+
+
 def test_filters_and_few_documents(alice: httpx.Client) -> None:
     add(alice, DOCUMENTS)
     told = chat(alice, "What?", rag={"k": 9, "filter": {"n": [3, 5]}})["rag"]
@@ -201,6 +229,52 @@ def test_deleting_empties_the_cache_of_it(alice: httpx.Client) -> None:
     assert name not in cached_text(alice)
     assert name not in [each["id"] for each in chat(alice, question, rag={})["rag"]["documents"]]
     assert name not in cached_text(alice)
+
+
+def test_pinned(alice: httpx.Client) -> None:
+    question, name = FACTS[6].facts[0].question, DOCUMENTS[6]["id"]
+    (added,) = add(alice, [DOCUMENTS[6] | {"pinned": True, "system_prompt": SYSTEM_PROMPT}]).data
+    assert (added.pinned, added.system_prompt) == (True, SYSTEM_PROMPT)
+    add(alice, [DOCUMENTS[7]])
+    alice.post("/v1/cache/clear").raise_for_status()
+    assert len(alice.get("/v1/cache/pin").json()["data"]) == 1
+    (told,) = chat(alice, question, rag={"k": 1})["rag"]["documents"]
+    assert told["cached_tokens"] > told["tokens"] - 16, "all but an unfinished chunk"
+    fields = {each: DOCUMENTS[6][each] for each in ("title", "text", "metadata")}
+    assert alice.put(f"/v1/documents/{name}", json=fields).json()["pinned"] is False
+    assert alice.get("/v1/cache/pin").json()["data"] == []
+    bad = {"documents": [DOCUMENTS[6] | {"system_prompt": "S"}]}
+    assert refusal(alice.post("/v1/documents", json=bad))["param"] == "documents[0].system_prompt"
+
+
+def test_what_users_run_into(alice: httpx.Client, bob: httpx.Client) -> None:
+    add(alice, DOCUMENTS[:3])
+    question = FACTS[0].facts[0].question
+    # A date at the front.
+    for day, advised in (("20", False), ("21", True)):
+        messages = [{"role": "system", "content": f"Today is 2026-11-{day}. {SYSTEM_PROMPT}"}]
+        messages.append({"role": "user", "content": question})
+        told = chat(alice, question, messages=messages, rag={"k": 2, "explain": True})["rag"]
+        assert any("such as a date, after the documents" in note for note in told["notes"]) is advised
+    # More passages than there are.
+    assert chat(alice, question, rag={"k": 50})["rag"]["notes"] == ["50 passages were asked for, and there are only 3"]
+    # Two tenants with the same document: one deletes it, and the other's is as it was.
+    add(bob, DOCUMENTS[:3])
+    for client in (alice, bob, alice, bob):
+        reused = {each["reuse"] for each in chat(client, question, rag={"k": 1})["rag"]["documents"]}
+    alice.delete(f"/v1/documents/{DOCUMENTS[0]['id']}").raise_for_status()
+    (told,) = chat(bob, question, rag={"k": 1})["rag"]["documents"]
+    assert (told["id"], {told["reuse"]}, reused) == (DOCUMENTS[0]["id"], {"all"}, {"all"})
+    bob.delete("/v1/documents", params={"id": [each["id"] for each in DOCUMENTS[:3]]}).raise_for_status()
+    # A document that is longer than the context, whole and as the passages that it is split into.
+    book = "\n\n".join(f"{each.title}\n{each.text}" for each in random_corpus(Random(78), 60)) + "\n\n" + FACTS[5].text
+    given = {"messages": [{"role": "user", "content": question}], "documents": [{"title": "", "text": book}]}
+    error = refusal(alice.post("/v1/chat/completions", json=given | {"max_tokens": 8}))
+    assert error["code"] == "context_length_exceeded"
+    (added,) = add(alice, [{"id": "book", "text": book}]).data
+    assert added.passages > 5
+    used = chat(alice, FACTS[5].facts[0].question, rag={"k": 2})["rag"]["documents"]
+    assert {each["id"] for each in used} == {"book"}
 
 
 def test_another_tenant_has_nothing_to_do_with_it(alice: httpx.Client, bob: httpx.Client) -> None:
@@ -244,7 +318,8 @@ def test_bad_wishes(alice: httpx.Client, rag: dict[str, Any], more: dict[str, An
         ({"text": " "}, "documents[0].text"),
         ({"title": "T"}, "documents[0].text"),
         ({"text": "T", "id": "a//b"}, "documents[0].id"),
-        ({"text": "T", "metadata": {"a": []}}, "documents[0].metadata.a"),
+        ({"text": "T", "metadata": {"a": "b" * 9000}}, "documents[0].metadata.a"),
+        ({"text": "T", "metadata": {"a": {"b": ["c" * 9000]}}}, "documents[0].metadata.a"),
         ({"text": "T", "ttl_seconds": 0}, "documents[0].ttl_seconds"),
         ({"text": "T", "colour": 1}, "documents[0].colour"),
     ],
@@ -253,6 +328,59 @@ def test_bad_documents(alice: httpx.Client, document: dict[str, Any], param: str
     error = refusal(alice.post("/v1/documents", json={"documents": [document]}))
     assert str(error["param"]).startswith(param), error
     assert alice.get("/v1/documents").json()["total"] == 0
+
+
+@pytest.mark.parametrize(
+    "metadata", ['{"a": NaN}', '{"a": {"b": 1e999}}', r'{"a": ["\ud800"]}', '{"a": ' + "[" * 17 + "]" * 17 + "}"]
+)
+def test_metadata_that_could_not_be_read_back(alice: httpx.Client, metadata: str) -> None:
+    body = f'{{"documents": [{{"text": "T", "metadata": {metadata}}}]}}'
+    response = alice.post("/v1/documents", content=body, headers={"Content-Type": "application/json"})
+    assert str(refusal(response)["param"]).startswith("documents[0].metadata.a")
+
+
+def test_metadata_is_what_it_was(alice: httpx.Client) -> None:
+    metadata = {"n": 1, "of": None, "pages": [1, 2.5, {"at": ["ü", True]}], "deep": json.loads("[" * 16 + "]" * 16)}
+    add(alice, [{"id": "a", "text": "T", "metadata": metadata}, {"id": "b", "text": "U", "metadata": {"n": [1]}}])
+    assert alice.get("/v1/documents/a").json()["metadata"] == metadata
+    assert [each.status for each in add(alice, [{"id": "a", "text": "T", "metadata": metadata}]).data] == ["unchanged"]
+    assert [each.id for each in search(alice, "T", filter={"n": 1}).data] == ["a"]
+
+
+def search(client: httpx.Client, query: str, **fields: Any) -> FoundPassages:
+    response = client.post("/v1/documents/search", json={"query": query} | fields)
+    assert response.status_code == 200, response.text
+    return FoundPassages.model_validate(response.json())
+
+
+def test_search_finds_what_chats_retrieve(alice: httpx.Client, bob: httpx.Client) -> None:
+    add(alice, DOCUMENTS)
+    for index, fields in ((0, {}), (1, {"k": 2}), (2, {"k": 5, "filter": {"n": [1, 2, 3]}})):
+        question = FACTS[index].facts[0].question
+        found = search(alice, question, **fields)
+        retrieved = chat(alice, question, rag=fields)["rag"]["documents"]
+        told = [(each.id, each.passage, each.version, each.title, each.score) for each in found.data]
+        assert told == [
+            tuple(each[name] for name in ("id", "passage", "version", "title", "score")) for each in retrieved
+        ]
+        assert found.data[0].id == DOCUMENTS[index]["id"]
+        assert found.data[0].text == DOCUMENTS[index]["text"]
+        assert found.data[0].metadata == {"n": index}
+        assert not found.notes
+    for nothing, why in ((search(bob, "What?"), "add some first"), (search(alice, "What?", filter={"n": 99}), "widen")):
+        assert not nothing.data
+        assert why in nothing.notes[0]
+    assert refusal(alice.post("/v1/documents/search", json={"query": "What?", "k": 0}))["param"] == "k"
+    assert refusal(alice.post("/v1/documents/search", json={"k": 1}))["param"] == "query"
+
+
+def test_a_list_has_texts_if_asked(alice: httpx.Client) -> None:
+    add(alice, DOCUMENTS[:3])
+    page = alice.get("/v1/documents", params={"text": True, "limit": 2}).json()
+    assert [each["text"] for each in page["data"]] == [
+        alice.get(f"/v1/documents/{each['id']}").json()["text"] for each in page["data"]
+    ]
+    assert "text" not in alice.get("/v1/documents").json()["data"][0]
 
 
 def test_there_is_a_limit(alice: httpx.Client) -> None:
@@ -316,12 +444,15 @@ def test_the_options_of_serve(engine: Engine, tmp_path: Path) -> None:
 def test_documents_survive_a_restart(folder: Path, tenants: ServerProcess) -> None:
     """Also where the server's secret, and with it the tenants' ids, are others. The last test: it ends the server."""
     with client_of(tenants, ALICE) as client:
-        add(client, DOCUMENTS[:3])
+        add(client, [DOCUMENTS[0] | {"pinned": True, "system_prompt": SYSTEM_PROMPT}, *DOCUMENTS[1:3]])
         client.delete(f"/v1/documents/{DOCUMENTS[2]['id']}").raise_for_status()
     tenants.stop()
     with started(folder) as later, client_of(later, ALICE) as client:
         later.wait_until_ready(timeout=600)
         assert client.get("/v1/documents").json()["total"] == 2
+        while not client.get("/v1/cache/pin").json()["data"]:
+            time.sleep(0.05)
         told = chat(client, FACTS[0].facts[0].question, rag={"k": 1})["rag"]["documents"]
         assert told[0]["id"] == DOCUMENTS[0]["id"]
+        assert told[0]["cached_tokens"] > 0, "it was pinned, and is so again"
         assert list((folder / "store").glob("*.sqlite"))

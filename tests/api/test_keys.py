@@ -69,6 +69,15 @@ def test_a_file_that_others_can_read_is_warned_of(
     assert ("can be read by other users" in caplog.text) == warned
 
 
+def test_a_mounted_secret_is_not_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stemcache.api.keys._MOUNTED", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        Keyring.load(write(tmp_path, f"alice {ALICE}", 0o444), SECRET)
+    assert caplog.text == ""
+
+
 def test_no_object_holds_a_key(tmp_path: Path) -> None:
     ring = Keyring.load(write(tmp_path, f"alice {ALICE}"), SECRET)
     assert ALICE not in repr(vars(ring))
@@ -80,5 +89,10 @@ def test_the_environments_part(tmp_path: Path) -> None:
     given = Settings.read({"STEMCACHE_SECRET": "direct", "STEMCACHE_API_KEY": ALICE, "STEMCACHE_API_KEYS_FILE": "k"})
     assert given == Settings(Path("k"), ALICE, b"direct", None, None, has_secret=True)
     assert Settings.read({}).secret != Settings.read({}).secret
+    (tmp_path / "password").write_text("of valkey\n")
+    assert Settings.read({"STEMCACHE_COLD_PASSWORD_FILE": str(tmp_path / "password")}).cold_password == "of valkey"
+    both = {"STEMCACHE_COLD_PASSWORD": "direct", "STEMCACHE_COLD_PASSWORD_FILE": "nowhere"}
+    assert Settings.read(both).cold_password == "direct"
+    assert Settings.read({}).cold_password is None
     with pytest.raises(OSError, match="nowhere"):
         Settings.read({"STEMCACHE_SECRET_FILE": str(tmp_path / "nowhere")})

@@ -91,7 +91,8 @@ def test_counters_say_what_the_answers_said(app: FastAPI) -> None:
     assert grown["stemcache_requests_total{outcome=completed}" + completions] == 3
     assert grown["stemcache_requests_total{outcome=refused}" + completions] == 1
     assert grown["stemcache_request_success_total{finished_reason=length}"] == 6
-    assert grown["stemcache_time_to_first_token_seconds_count"] == 4
+    assert grown["stemcache_time_to_first_token_seconds_count{prompt=cached}"] == 1
+    assert grown["stemcache_time_to_first_token_seconds_count{prompt=computed}"] == 3
     assert grown["stemcache_inter_token_latency_seconds_count"] == 6 * 3
     for name in ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time"):
         assert grown[f"stemcache_{name}_seconds_count"] == 4

@@ -15,7 +15,7 @@ from stemcache.api.serve import limits_from
 from stemcache.api.server_process import ServerProcess, ServerStartError
 
 KEY = "alice-key-0123456789"
-LONG = {"prompt": "Zanzibar is", "max_tokens": 500, "ignore_eos": True, "stream": True, "temperature": 0}
+LONG = {"prompt": "Zanzibar is", "max_tokens": 250, "ignore_eos": True, "stream": True, "temperature": 0}
 
 
 @pytest.fixture

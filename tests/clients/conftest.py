@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -29,8 +30,17 @@ OFFLINE = {
 }
 os.environ.update(OFFLINE)
 
-# The demo model's own template knows no tools. This one shows them, and writes calls, in the form of Hermes and Qwen.
+
+def pytest_configure(config: pytest.Config) -> None:
+    """LangChain's standard tests have coroutines. Not in pyproject.toml: the plain run has no pytest-asyncio."""
+    if config.pluginmanager.hasplugin("asyncio"):
+        config.option.asyncio_mode = "auto"
+
+
+# The demo model's own template knows no tools. This one shows them, and writes calls, in the form of Hermes and Qwen;
+# and it shows what tools answer.
 TOOLS_SHOWN = "{%- if tools -%}{{ '<|system|>As <tool_call>: ' + tools | tojson + '<|end|>' }}{%- endif -%}"
+ROLES, ROLES_AND_TOOL = "['user', 'assistant']", "['user', 'assistant', 'tool']"
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +56,8 @@ def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     folder = tmp_path_factory.mktemp("tools") / "caller"
     shutil.copytree(MODEL_PATH, folder)
     template = folder / "chat_template.jinja"
-    template.write_text(TOOLS_SHOWN + template.read_text())
+    assert ROLES in template.read_text()
+    template.write_text(TOOLS_SHOWN + template.read_text().replace(ROLES, ROLES_AND_TOOL))
     with ServerProcess("--model", str(folder), "--dtype", "float32", "--pool-bytes", "64MiB") as process:
         process.wait_until_ready(timeout=600)
         yield process
@@ -62,6 +73,12 @@ def engine() -> Iterator[Engine]:
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
         yield made
+
+
+@pytest.fixture
+def async_http() -> httpx.AsyncClient:
+    """Keeps no connections: each test has an event loop of its own, and a connection belongs to the one it began in."""
+    return httpx.AsyncClient(limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @pytest.fixture
@@ -96,6 +113,21 @@ def run_from_page(server: ServerProcess, tmp_path: Path) -> Callable[..., str]:
             text=True,
             timeout=3000,
         )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def run_page(server: ServerProcess) -> Callable[[str], str]:
+    """Runs the program of a page of docs/ as it stands, but for the server's address; returns what it printed."""
+
+    def run(page: str) -> str:
+        [program, *_] = re.findall(r"```python\n(.*?)```", PAGE.with_name(f"{page}.md").read_text(), re.DOTALL)
+        assert len(program.splitlines()) < 30, "the page promises a short one"
+        program = program.replace("http://127.0.0.1:8000", server.url)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

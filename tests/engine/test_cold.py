@@ -21,11 +21,11 @@ from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
 from stemcache.engine.cold import ColdOptions
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, random_corpus
-from stemcache.engine.load_cost import LoadCost
 from stemcache.engine.outputs import Completion
 from stemcache.engine.prompts import Prompts
-from stemcache.engine.restore import LoadBudget
+from stemcache.engine.restoration import LoadBudget
 from stemcache.engine.spill import ColdPolicy
+from stemcache.prefixtree.errors import TierError
 from stemcache.prefixtree.frame import FrameHeader, pack, unpack
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.tiers.disk import DiskTier
@@ -56,13 +56,6 @@ PATIENT = LoadBudget(60, 60)  # so that a slow machine alone ends no load
 HASTY = LoadBudget(0.1, 0.1)
 
 
-class Always(LoadCost):
-    """Loads whatever it costs, so that it is not the machine's load that decides what is tested."""
-
-    def advises(self, tier: str, n_tokens: int) -> bool:
-        return True
-
-
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     torch.set_num_threads(1)
@@ -75,8 +68,10 @@ def make(checkpoint: Checkpoint) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
     def engine(cold: str = "off", *, pool_bytes: int = 64 << 20, tries: bool = True, **options: Any) -> Engine:
-        options = {"cold_bytes": 64 << 20, "budget": PATIENT, "cost": Always(1024) if tries else None} | options
+        options = {"cold_bytes": 64 << 20, "budget": PATIENT} | options
         made.append(Engine(checkpoint, "demo", pool_bytes=pool_bytes, cold=ColdOptions(cold=cold, **options)))
+        if tries:  # whatever it costs, so that it is not the machine's load that decides what is tested
+            made[-1]._loop.cold.cost.advises = lambda *asked: True
         return made[-1]
 
     yield engine
@@ -331,16 +326,29 @@ def test_what_is_forgotten_is_in_no_tier_and_does_not_come_back(make, address, a
 
 
 def test_what_is_cheaper_to_compute_is_not_loaded(make, server, answers) -> None:
-    class Never(LoadCost):
-        def advises(self, tier: str, n_tokens: int) -> bool:
-            return False
-
     close_after(make(server.url), answers)
-    engine = make(server.url, cost=Never(1024))
+    engine = make(server.url)
+    engine._loop.cold.cost.advises = lambda *asked: False
     assert run(engine) == answers
     assert set(ends(engine)) <= {"cheaper_to_compute", "absent"}
     assert ends(engine)["cheaper_to_compute"] > 0
     assert engine.cold_stats().tiers[0].hits == 0
+
+
+def test_clearing_says_when_a_tier_does_not_answer(make, server, answers) -> None:
+    """What it holds is still there: silence would be a lie. Asked again once it answers, it is gone."""
+    close_after(make(server.url), answers)
+    engine = make(server.url)
+    namespace = engine.namespace()
+    server.pause()
+    with pytest.raises(TierError, match="redis tier did not answer"):
+        engine.cache.clear()
+    server.go_on()
+    until(lambda: engine.cold_stats().tiers[0].is_available)
+    assert stored_tokens(engine, namespace)
+    engine.cache.clear()
+    assert not stored_tokens(engine, namespace)
+    assert run(engine) == answers
 
 
 def test_cancelling_who_waits_for_a_load_leaks_nothing(make, server, answers) -> None:

@@ -11,7 +11,7 @@ from stemcache import Engine
 from stemcache.engine import families
 from stemcache.engine.errors import ModelLoadError
 
-WORKLOADS = 12
+WORKLOADS = 8  # `make equivalence` runs 200
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from stemcache.prefixtree import explain as explain_module
 from stemcache.prefixtree.accounts import Accounts
+from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.evicted import EvictedChunks
 from stemcache.prefixtree.explain import Divergence, Reason, TokenRange
 from stemcache.prefixtree.namespace import Namespace
@@ -42,6 +44,36 @@ def test_a_date_before_a_document(make_store: MakeStore, namespace: Namespace) -
     assert explained.divergence == Divergence(3, (20, *document))
     assert explained.hit_tokens == 3
     assert explained.tokens_of(Reason.OTHER_POSITION) == 12
+
+
+def test_a_lease_tells_what_was_lost(make_store: MakeStore, namespace: Namespace) -> None:
+    store, prompt = make_store(8), list(range(16))
+    fill(store, namespace, prompt)
+    with store.acquire(prompt[:6], namespace) as short:
+        assert (short.cached_tokens, short.evicted_tokens) == (6, 0)
+        store.clear(namespace)  # all but the first chunk, which is held
+    with store.acquire([*prompt[:12], 99, 99, 99, 99], namespace) as lease:
+        assert (lease.cached_tokens, lease.evicted_tokens) == (4, 8)
+    with store.acquire([9, *prompt], namespace) as other:
+        assert (other.cached_tokens, other.evicted_tokens) == (0, 0)
+
+
+def test_a_snapshot_tells_what_was_stored_below(make_store: MakeStore, namespace: Namespace) -> None:
+    """One object holds several chunks, and its last one is marked: so what leads to a marked chunk is stored too."""
+    store = make_store(16)
+    fill(store, namespace, range(16))
+    fill(store, namespace, [*range(8), 90, 91, 92, 93])
+    chunks = {(node.depth, node.key[-1]): node for node in store.chunks(namespace)}
+    assert [each.stored_chunks for each in store.snapshot(namespace, 99).branches] == [0, 0, 0]
+    chunks[3, 11].is_cold = True
+    stored = {each.depth: each.stored_chunks for each in store.snapshot(namespace, 99).branches if each.chunks == 2}
+    assert stored == {0: 2, 2: 1}
+    chunks[4, 15].is_covered = True
+    assert [(each.chunks, each.stored_chunks) for each in store.snapshot(namespace, 99).branches] == [
+        (2, 2),
+        (1, 0),
+        (2, 2),
+    ]
 
 
 def test_text_that_moved_by_a_token_is_found(make_store: MakeStore, namespace: Namespace) -> None:
@@ -161,6 +193,23 @@ def test_the_memory_of_evictions_is_bounded_and_forgets_the_oldest() -> None:
     assert len(evicted) == 3
     assert evicted.count_run(root, keys) == 1
     assert evicted.count_run(root, [b"x", *keys]) == 0
+
+
+def test_a_prompt_that_could_not_start_does_not_count(make_store: MakeStore, namespace: Namespace) -> None:
+    store = make_store(4)
+    fill(store, namespace, range(8))
+    before = store.namespace_stats(namespace), store.stats()
+    for _ in range(3):
+        lease = store.acquire([*range(6), 90, 91, 92], namespace)
+        assert store.namespace_stats(namespace).acquires == before[0].acquires + 1
+        with pytest.raises(CapacityError):
+            lease.reserve(99)
+        lease.release(used=False)
+    after = store.namespace_stats(namespace), store.stats()
+    assert after == (before[0], replace(before[1], copied_tokens=before[1].copied_tokens + 6))
+    with store.pin(range(8), namespace) as pin:
+        pin.release(used=False)
+    assert store.namespace_stats(namespace) == before[0]
 
 
 def test_accounts_are_bounded() -> None:

@@ -1,0 +1,188 @@
+"""Reuse: what prompts found of each document in the cache, and what is cached of it now.
+
+Invariant: every token of a document that stood in a prompt which was read is counted once: as a hit, or as a miss by
+its reason. The reasons are those of `prefixtree.accounts`. Bounded: what was not used for the longest time goes.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Final
+
+from stemcache.engine.cache import Cache
+from stemcache.engine.outputs import Usage
+from stemcache.prefixtree.footprint import Footprint
+from stemcache.ragcache.documents import Passage
+from stemcache.ragcache.preparation import Prepared, Space
+
+MAX_DOCUMENTS: Final = 4096
+MAX_PLACES: Final = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentReuse:
+    """One document.
+
+    Attributes:
+        tokens: of its passages that were read, each once.
+        requests: prompts in which it stood.
+        hit_tokens: of it were cached when those prompts came.
+        evicted_tokens: missed; had been cached at this place, and were evicted.
+        unfinished_tokens: missed; at the prompt's end, less than a chunk.
+        new_tokens: missed; never cached after what stood before them.
+        cached_tokens: in the device's pool now, at all the places where it was read lately.
+    """
+
+    document_id: str
+    title: str
+    tokens: int
+    requests: int
+    hit_tokens: int
+    evicted_tokens: int
+    unfinished_tokens: int
+    new_tokens: int
+    cached_tokens: int
+
+    @property
+    def miss_tokens(self) -> int:
+        return self.evicted_tokens + self.unfinished_tokens + self.new_tokens
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Of one document. `sizes`: tokens of its passages, by their keys; of the version `version`."""
+
+    title: str = ""
+    version: int = 0
+    sizes: dict[int, int] = field(default_factory=dict)
+    requests: int = 0
+    hits: int = 0
+    evicted: int = 0
+    unfinished: int = 0
+    new: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The tokens [start, stop) of a prompt: where a passage was read."""
+
+    prompt: array[int]
+    start: int
+    stop: int
+
+
+Name = tuple[str, bytes, str]  # owner, cache salt, document
+
+
+class Reuse:
+    """Counts by document, of every owner and salt apart. From any thread."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._lock = threading.Lock()
+        self._counts: OrderedDict[Name, _Counts] = OrderedDict()
+        self._places: OrderedDict[tuple[Name, Footprint], _Place] = OrderedDict()
+
+    def count(self, prepared: Prepared, usage: Usage) -> None:
+        """A prepared prompt has been read; `usage` says what of it was found."""
+        spans = dict(zip([each.passage.key for each in prepared.retrieved], prepared.context.spans, strict=True))
+        passages = {each.passage.key: each.passage for each in prepared.retrieved}
+        end = max((spans[key][1] for key, _ in prepared.marks), default=0)
+        prompt, seen = array("I", prepared.tokens[:end]), set()
+        with self._lock:
+            for key, mark in prepared.marks:
+                passage = passages[key]
+                name = (prepared.space.owner, prepared.space.cache_salt, passage.document_id)
+                counts = self._counts_of(name, passage)
+                counts.requests += name not in seen
+                seen.add(name)
+                counts.sizes[key] = spans[key][1] - spans[key][0]
+                _add(counts, *spans[key], usage, self._cache.chunk_tokens)
+                self._places[name, mark] = _Place(prompt, *spans[key])
+                self._places.move_to_end((name, mark))
+            while len(self._places) > MAX_PLACES:
+                self._places.popitem(last=False)
+
+    def of(self, space: Space, limit: int) -> list[DocumentReuse]:
+        """The owner's documents under this salt, the latest used first. Waits for the engine's running step."""
+        with self._lock:
+            own = (name for name in reversed(self._counts) if name[:2] == (space.owner, space.cache_salt))
+            found = {name: self._counts[name] for name in islice(own, limit)}
+            places = [(name, place) for (name, _), place in self._places.items() if name in found]
+        cached = self._cached(places, space)
+        return [
+            DocumentReuse(
+                document_id=name[2],
+                title=counts.title,
+                tokens=sum(counts.sizes.values()),
+                requests=counts.requests,
+                hit_tokens=counts.hits,
+                evicted_tokens=counts.evicted,
+                unfinished_tokens=counts.unfinished,
+                new_tokens=counts.new,
+                cached_tokens=cached[name],
+            )
+            for name, counts in found.items()
+        ]
+
+    def forget(self, owner: str, document_id: str) -> None:
+        """The document is deleted."""
+        with self._lock:
+            for name in [each for each in self._counts if (each[0], each[2]) == (owner, document_id)]:
+                self._forget(name)
+
+    def _counts_of(self, name: Name, passage: Passage) -> _Counts:
+        counts = self._counts.setdefault(name, _Counts())
+        self._counts.move_to_end(name)
+        if len(self._counts) > MAX_DOCUMENTS:
+            self._forget(next(iter(self._counts)))
+        counts.title = passage.title
+        if counts.version != passage.version:  # nothing of its earlier content is cached any more
+            counts.version, counts.sizes = passage.version, {}
+            self._drop_places(name)
+        return counts
+
+    def _forget(self, name: Name) -> None:
+        del self._counts[name]
+        self._drop_places(name)
+
+    def _drop_places(self, name: Name) -> None:
+        for place in [each for each in self._places if each[0] == name]:
+            del self._places[place]
+
+    def _cached(self, places: list[tuple[Name, _Place]], space: Space) -> defaultdict[Name, int]:
+        """How many tokens of each document are cached. One look at the cache for each prompt, not for each document."""
+        ends: dict[int, _Place] = {}
+        for _, place in places:
+            longest = ends.setdefault(id(place.prompt), place)
+            if place.stop > longest.stop:
+                ends[id(place.prompt)] = place
+        found: dict[int, int] = {}
+        if ends:
+            prompts = [place.prompt[: place.stop] for place in ends.values()]
+            leading = self._cache.cached_of(prompts, tenant=space.tenant, cache_salt=space.cache_salt)
+            found = dict(zip(ends, leading, strict=True))
+        cached: defaultdict[Name, int] = defaultdict(int)
+        for name, place in places:
+            cached[name] += max(0, min(place.stop, found[id(place.prompt)]) - place.start)
+        return cached
+
+
+def _add(counts: _Counts, start: int, stop: int, usage: Usage, chunk_tokens: int) -> None:
+    """Count the tokens [start, stop) of a prompt: cached ones lead, then the evicted, the new, and an unfinished chunk.
+
+    The prompt's last token is not looked up.
+    """
+    looked_up = usage.prompt_tokens - 1
+    gone = usage.cached_tokens + usage.evicted_tokens
+    whole = max(gone, looked_up - looked_up % chunk_tokens)
+    borders = [min(stop, max(start, at)) for at in (0, usage.cached_tokens, gone, whole, stop)]
+    hits, evicted, new, unfinished = (right - left for left, right in pairwise(borders))
+    counts.hits += hits
+    counts.evicted += evicted
+    counts.new += new
+    counts.unfinished += unfinished
