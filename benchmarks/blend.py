@@ -21,7 +21,7 @@ from rich.progress import track
 from shapes import DTYPES, SMOLLM2_135M, random_model, random_tokens
 
 from stemcache import Engine, SamplingParams
-from stemcache.engine.blend import Blend
+from stemcache.engine.blend import SHARE, Blend
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, is_right, random_corpus
 from stemcache.ragcache.alone import read_alone
@@ -30,11 +30,12 @@ from stemcache.ragcache.compose import compose
 SHARES = (0.0, 0.05, 0.15, 0.3, 1.0)
 ANSWER = SamplingParams(max_tokens=48, temperature=0)
 ONE = SamplingParams(max_tokens=1, temperature=0)
-AT_ONCE = 20
+AT_ONCE = 50
 
 
-def answers(count: int, documents: int, seed: int = 1) -> list[dict[str, Any]]:
-    """Exact match with full computation and at each share, on the same prompts."""
+def answers(count: int, sweep: int, documents: int, seed: int = 1) -> list[dict[str, Any]]:
+    """Exact match with full computation and at each share, on the same prompts; other shares than the default on the
+    first `sweep` of them."""
     rng = random.Random(seed)
     corpus = random_corpus(rng, 500)
     with Engine.load(MODEL_PATH) as engine:
@@ -48,16 +49,17 @@ def answers(count: int, documents: int, seed: int = 1) -> list[dict[str, Any]]:
         full = [is_right(fact, text) for fact, text, _ in _texts(engine, asked, None)]
         rows = [{"share": None, "right": sum(full), "questions": count, "moved": 0.0, "lost": 0, "gained": 0}]
         for share in SHARES:
-            found = list(_texts(engine, asked, share))
+            n = count if share == SHARE else min(sweep, count)
+            found = list(_texts(engine, asked[:n], share))
             right = [is_right(fact, text) for fact, text, _ in found]
             rows.append(
                 {
                     "share": share,
                     "right": sum(right),
-                    "questions": count,
-                    "moved": sum(moved for *_, moved in found) / sum(len(context.tokens) for _, context in asked),
-                    "lost": sum(a and not b for a, b in zip(full, right, strict=True)),
-                    "gained": sum(b and not a for a, b in zip(full, right, strict=True)),
+                    "questions": n,
+                    "moved": sum(moved for *_, moved in found) / sum(len(context.tokens) for _, context in asked[:n]),
+                    "lost": sum(a and not b for a, b in zip(full[:n], right, strict=True)),
+                    "gained": sum(b and not a for a, b in zip(full[:n], right, strict=True)),
                 }
             )
     return rows
@@ -84,7 +86,7 @@ def times(dtype: str, documents: int, length: int, repeats: int) -> dict[str, An
     head, corpus = random_tokens(rng, 64), [random_tokens(rng, length) for _ in range(12)]
     model = random_model(dtype)
     with Engine.from_model(model, pool_bytes=3 << 30) as engine:
-        shares = [share for share in SHARES if share < 1]
+        shares = (0.0, SHARE, 0.3)
 
         def prompt() -> tuple[list[int], tuple[tuple[int, int], ...]]:
             tokens, passages = list(head), []
@@ -135,30 +137,44 @@ def times(dtype: str, documents: int, length: int, repeats: int) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--sweep", type=int, default=300, help="questions for shares other than the default")
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--dtypes", nargs="*", choices=list(DTYPES), default=["bfloat16"])
     parser.add_argument("--k", type=int, nargs="*", default=[4, 8])
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    found = answers(options.questions, options.documents) if options.questions else []
+    if options.questions:
+        show_answers(answers(options.questions, options.sweep, options.documents), options.documents)
+    timed = []
+    for dtype in options.dtypes:
+        for k in options.k:
+            timed.append(times(dtype, k, options.length, options.repeats))
+            show_times(timed[-1])
+            write_results("blend_times", {"model": SMOLLM2_135M, "times": timed})
+
+
+def show_answers(found: list[dict[str, Any]], documents: int) -> None:
     rows = [
-        ["all" if each["share"] is None else f"{each['share']:.0%}", f"{each['moved']:.0%}",
+        ["no moves" if each["share"] is None else f"{each['share']:.0%}", each["questions"], f"{each['moved']:.0%}",
          f"{each['right'] / each['questions']:.1%}", each["lost"], each["gained"]]
         for each in found
     ]  # fmt: skip
-    print(table(["computed again", "of the prompts moved", "exact match", "lost", "gained"], rows))
-    timed = [times(dtype, k, options.length, options.repeats) for dtype in options.dtypes for k in options.k]
-    for each in timed:
-        reuse = each["seconds"]["prefix reuse"][1]
-        print(f"\n{each['dtype']}, {each['documents']} documents of {each['document_tokens']} tokens")
-        shown = [
-            [name, *(f"{1000 * s:.0f}" for s in seconds), f"{reuse / seconds[1]:.2f}",
-             f"{each['computed_tokens'].get(name, 0):.0f}"]
-            for name, seconds in each["seconds"].items()
-        ]  # fmt: skip
-        print(table(["milliseconds", "low", "median", "high", "times faster than prefix reuse", "computed"], shown))
-    write_results("blend", {"model": SMOLLM2_135M, "answers": found, "times": timed})
+    print(table(["computed again", "questions", "of the prompts moved", "exact match", "lost", "gained"], rows))
+    write_results("blend_answers", {"model": MODEL_PATH.name, "documents": documents, "answers": found})
+
+
+def show_times(timed: dict[str, Any]) -> None:
+    reuse, computed = timed["seconds"]["prefix reuse"][1], timed["computed_tokens"]
+    print(f"\n{timed['dtype']}, {timed['documents']} documents of {timed['document_tokens']} tokens")
+    rows = [
+        [name, *(f"{1000 * s:.0f}" for s in seconds), f"{reuse / seconds[1]:.2f}",
+         f"{computed[name]:.0f}" if name in computed else ""]
+        for name, seconds in timed["seconds"].items()
+    ]  # fmt: skip
+    print(
+        table(["milliseconds", "low", "median", "high", "times faster than prefix reuse", "computed"], rows), flush=True
+    )
 
 
 if __name__ == "__main__":

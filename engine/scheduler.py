@@ -155,16 +155,17 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a lease with slots for all its tokens; False when there are too few."""
         request = sequence.request
-        if self._mover is not None and request.blend is not None:
-            self._mover.touch(request)  # so that making room for the sequence evicts others first
+        mover = None if request.blend is None else self._mover
+        if mover is not None:
+            mover.touch(request)  # so that making room for the sequence evicts others first
         lease = self._store.acquire(sequence.tokens[: sequence.first_logits], request.namespace)
         try:
             lease.reserve(len(sequence.tokens))
         except CapacityError:
             lease.release(used=False)
             return False
-        if self._mover is not None and request.blend is not None:
-            sequence.moved = self._mover.move(request, lease)
+        if mover is not None:
+            sequence.moved = mover.move(request, lease)
         lease.claim(sequence.tokens)
         sequence.lease, sequence.computed = lease, lease.cached_tokens
         if request.cached_tokens is None:

