@@ -95,3 +95,31 @@ class RedisProcess:
         except redis.RedisError:
             return False
         return True
+
+
+class SentinelProcess:
+    """A sentinel that watches one server, and may decide alone that it is down, after 200 ms."""
+
+    def __init__(self, server: RedisProcess, service: str) -> None:
+        self.port = free_port()
+        self.folder = Path(tempfile.mkdtemp(prefix="stemcache-sentinel-"))
+        self._config = self.folder / "sentinel.conf"  # which the sentinel writes to as well
+        self._config.write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
+            f"sentinel monitor {service} 127.0.0.1 {server.port} 1\n"
+            f"sentinel down-after-milliseconds {service} 200\nsentinel failover-timeout {service} 1000\n"
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> SentinelProcess:
+        command = [installed_servers()[0], str(self._config), "--sentinel"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -104,8 +104,7 @@ class RedisAddress:
             )
         if self.scheme.endswith("+sentinel"):
             connection = SentinelManagedSSLConnection if is_tls else SentinelManagedConnection
-            sentinel_kwargs = _without_login(common) | {"retry": _once()}
-            sentinel: Any = Sentinel(self.hosts, sentinel_kwargs=sentinel_kwargs)  # type: ignore[no-untyped-call]
+            sentinel: Any = Sentinel(self.hosts, sentinel_kwargs=_for_sentinels(common, is_tls))  # type: ignore[no-untyped-call]
             client: Redis = sentinel.master_for(
                 self.service, connection_class=_timed(connection, deadline), db=self.db, retry=_once(), **common
             )
@@ -148,9 +147,10 @@ def _pool_class(deadline: Deadline) -> type[ConnectionPool]:
     return Pool
 
 
-def _without_login(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Sentinels have users of their own; those without any are asked without."""
-    return {name: value for name, value in options.items() if name not in ("username", "password")}
+def _for_sentinels(options: Mapping[str, Any], is_tls: bool) -> dict[str, Any]:
+    """How sentinels are asked: as the server is, but without its user, for they have users of their own, or none."""
+    kept = ("protocol", "socket_timeout", "socket_connect_timeout", "socket_keepalive", "ssl_ca_certs")
+    return {name: options[name] for name in kept if name in options} | {"retry": _once(), "ssl": is_tls}
 
 
 def _options(query: str) -> dict[str, str]:

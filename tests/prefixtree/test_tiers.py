@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from redis_process import RedisProcess, installed_servers
+from tls_redis import tls_server
 
 from stemcache.api.server_process import free_port
 from stemcache.prefixtree.errors import TierError
@@ -40,7 +41,7 @@ def server() -> Iterator[RedisProcess]:
         yield process
 
 
-@pytest.fixture(params=["host", "disk", "redis", "redis+ttl", "unix", "redis+cluster"])
+@pytest.fixture(params=["host", "disk", "redis", "redis+ttl", "unix", "redis+cluster", "rediss"])
 def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
     match request.param:
         case "host":
@@ -50,6 +51,8 @@ def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
         case "redis+cluster":
             process = request.getfixturevalue("cluster")
             made = RedisTier(f"redis+cluster://127.0.0.1:{process.port}")
+        case "rediss":
+            made = RedisTier(request.getfixturevalue("tls_url"))
         case kind:
             process = request.getfixturevalue("server")
             process.client().flushall()
@@ -73,6 +76,14 @@ def cluster() -> Iterator[RedisProcess]:
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         until(lambda: "cluster_state:ok" in str(client.execute_command("CLUSTER", "INFO")))
         yield process
+
+
+@pytest.fixture(scope="module")
+def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if not installed_servers():
+        pytest.skip("neither redis-server nor valkey-server is installed")
+    with tls_server(tmp_path_factory.mktemp("tls")) as (process, ca):
+        yield f"rediss://127.0.0.1:{process.port}?ca={ca}"
 
 
 def until(holds: Callable[[], Any], seconds: float = 20) -> None:
