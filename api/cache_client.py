@@ -27,12 +27,9 @@ def ask_cache(url: str, method: str, route: str, **request: Any) -> dict[str, An
 
 def ask_server(url: str, method: str, route: str, **request: Any) -> dict[str, Any]:
     """The answer of `/v1/{route}`. `request` as httpx takes it. Raises ServerAnswerError."""
-    base = url.rstrip("/").removesuffix("/v1")
-    key = client_api_key()
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        with httpx.Client(trust_env=False, timeout=_TIMEOUT_SECONDS, headers=headers) as client:
-            response = client.request(method, f"{base}/v1/{route}", **request)
+        with httpx.Client(trust_env=False, timeout=_TIMEOUT_SECONDS, headers=key_headers()) as client:
+            response = client.request(method, f"{base_of(url)}/v1/{route}", **request)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerAnswerError(
             f"no server answers at {url} ({error}): start one with `stemcache serve`, or name its address with --url"
@@ -47,6 +44,17 @@ def ask_server(url: str, method: str, route: str, **request: Any) -> dict[str, A
         hint = "; put your key into STEMCACHE_API_KEY" if response.status_code == 401 else ""
         raise ServerAnswerError(f"the server refuses: {_message(answer, response.status_code)}{hint}")
     return answer
+
+
+def base_of(url: str) -> str:
+    """The server's address, without the /v1 that clients of OpenAI's are given."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def key_headers() -> dict[str, str]:
+    """Of a request with the key of the environment, if there is one."""
+    key = client_api_key()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def _message(answer: Mapping[str, Any], status: int) -> str:

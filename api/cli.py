@@ -1,5 +1,5 @@
-"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree`, `documents`, `cache`, `blend-check` and
-`simulate`.
+"""The command line: `stemcache serve`, `generate`, `demo`, `explain`, `tree`, `documents`, `cache`, `blend-check`,
+`bench` and `simulate`.
 
 Invariant: a user's mistake ends in one sentence on stderr and exit status 2, never in a traceback. Commands are
 imported when they run, so that `--help` does not wait for torch.
@@ -13,8 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stemcache._version import __version__
+from stemcache.api.cli_options import (
+    add_blend_options,
+    add_document_options,
+    add_model_options,
+    add_server_options,
+    pair,
+    port,
+    positive,
+)
 from stemcache.api.cold_options import add_cold_options
-from stemcache.api.sizes import parse_size
 from stemcache.prefixtree.errors import StemcacheError
 
 USAGE_ERROR = 2
@@ -59,6 +67,10 @@ def _run(options: argparse.Namespace) -> int:
             from stemcache.api.blending import blend_check
 
             return blend_check(options)
+        case "bench":
+            from stemcache.api.bench import bench
+
+            return bench(options)
         case "documents":
             from stemcache.api.document_commands import documents
 
@@ -81,11 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="start the OpenAI-compatible HTTP server")
-    _add_model_options(serve)
+    add_model_options(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=port, default=8000, help="port to listen on (default: %(default)s)")
 
-    _add_server_options(serve)
+    add_server_options(serve)
     add_cold_options(serve)
     serve.add_argument(
         "--public-corpus",
@@ -97,84 +109,34 @@ def _parser() -> argparse.ArgumentParser:
         "--show-cache-text", action="store_true", help="let GET /v1/cache/tree?text=true show what is cached"
     )
 
-    _add_document_options(serve)
+    add_document_options(serve)
     serve.add_argument(
         "--blend",
         action="store_true",
         help="let requests ask for reuse 'blend', which moves documents to other places and is not exact; the model is "
         "tried first, and refused if its answers suffer",
     )
-    _add_blend_options(serve)
+    add_blend_options(serve)
 
     generate = commands.add_parser("generate", help="complete a prompt; text to stdout, usage to stderr")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to complete; - reads it from standard input")
-    _add_model_options(generate)
+    add_model_options(generate)
     generate.add_argument(
         "--max-tokens", type=int, default=128, help="tokens to generate at most (default: %(default)s)"
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
 
     check = commands.add_parser("blend-check", help="try whether a model's answers suffer when documents are moved")
-    _add_model_options(check)
-    _add_blend_options(check)
+    add_model_options(check)
+    add_blend_options(check)
 
     commands.add_parser("demo", help="ask the demo model questions over HTTP and show what the cache saves")
     _add_cache_commands(commands)
     _add_simulate(commands)
+    _add_bench(commands)
     _add_document_commands(commands)
     _add_cold_commands(commands)
     return parser
-
-
-def _add_document_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--documents", type=Path, metavar="FOLDER", help="where documents are kept (default: in memory, until the end)"
-    )
-    parser.add_argument(
-        "--embedder",
-        default="hashing",
-        metavar="CHOICE",
-        help="hashing (words, no download), a sentence-transformers model, or the URL of an OpenAI-compatible "
-        "endpoint, whose key is $STEMCACHE_EMBEDDINGS_API_KEY (default: %(default)s)",
-    )
-    parser.add_argument("--embedding-model", metavar="NAME", help="the model of an embeddings endpoint")
-    parser.add_argument(
-        "--index", choices=["flat", "ivf", "hnsw"], default="flat", help="how passages are searched (default: flat)"
-    )
-    parser.add_argument(
-        "--passage-tokens",
-        type=_positive,
-        default=512,
-        help="documents are split into passages of so many tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-documents", type=_positive, default=100_000, help="documents of one key (default: %(default)s)"
-    )
-
-
-def _add_blend_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--blend-share",
-        type=_share,
-        default="0.15",
-        help="of each moved document, how much is computed again, from 0 to 1 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--blend-questions",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with questions to try the model on (the demo model has its own)",
-    )
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"not a number from 0 to 1: {text!r}")
-    return share
 
 
 def _add_document_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -183,7 +145,7 @@ def _add_document_commands(commands: argparse._SubParsersAction[argparse.Argumen
     add = actions.add_parser("add", help="add files; one document each, or one a line of a .jsonl file")
     add.add_argument("files", nargs="+", metavar="FILE", help="a text file, or a .jsonl file")
     add.add_argument(
-        "--metadata", type=_pair, action="append", metavar="NAME=VALUE", help="of all documents; may be repeated"
+        "--metadata", type=pair, action="append", metavar="NAME=VALUE", help="of all documents; may be repeated"
     )
     add.add_argument("--ttl", type=float, metavar="SECONDS", help="delete them by themselves after so long")
     show = actions.add_parser("list", help="list documents")
@@ -193,34 +155,6 @@ def _add_document_commands(commands: argparse._SubParsersAction[argparse.Argumen
         action.add_argument(
             "--url", default="http://127.0.0.1:8000", help="the server's address (default: %(default)s)"
         )
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
-    return name, value
-
-
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--api-keys",
-        type=Path,
-        metavar="FILE",
-        help="file with 'name key' in each line; without it everybody is let in (default: $STEMCACHE_API_KEYS_FILE)",
-    )
-    parser.add_argument("--max-body", type=_size, default="16MiB", help="size of a request (default: %(default)s)")
-    parser.add_argument(
-        "--max-queue", type=_positive, default=512, help="waiting requests of one key (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--request-timeout",
-        type=_positive,
-        default=600,
-        metavar="SECONDS",
-        help="time for one request, after which it ends with an error (default: %(default)s)",
-    )
-    parser.add_argument("--log-prompts", action="store_true", help="write the text of prompts into the log")
 
 
 def _add_cache_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -240,22 +174,36 @@ def _add_cache_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         )
 
 
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("bench", help="measure a running server on prompts that share documents")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server's address (default: %(default)s)")
+    parser.add_argument("--requests", type=positive, default=60, help="default: %(default)s")
+    parser.add_argument("--concurrency", type=positive, default=4, help="requests at a time (default: %(default)s)")
+    parser.add_argument("--documents", type=positive, default=20, help="of the catalogue (default: %(default)s)")
+    parser.add_argument("--k", type=positive, default=3, help="documents in a prompt (default: %(default)s)")
+    parser.add_argument("--document-words", type=positive, default=60, help="words of each (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=positive, default=16, help="of each answer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="the same requests again; by default texts that nobody has seen")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a file, as SVG")
+
+
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("simulate", help="compare eviction policies and document orders, without a model")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="JSON lines with documents or Mooncake's hash_ids")
     parser.add_argument(
-        "--capacity-tokens", type=_positive, default=1_050_000, help="what the cache holds (default: %(default)s)"
+        "--capacity-tokens", type=positive, default=1_050_000, help="what the cache holds (default: %(default)s)"
     )
-    parser.add_argument("--chunk-tokens", type=_positive, default=512, help="smaller is slower (default: %(default)s)")
-    parser.add_argument("--max-shift", type=_positive, metavar="N", help="also: documents moved by N places at most")
-    parser.add_argument("--backlog", type=_positive, metavar="N", help="also: both queues, with N requests waiting")
+    parser.add_argument("--chunk-tokens", type=positive, default=512, help="smaller is slower (default: %(default)s)")
+    parser.add_argument("--max-shift", type=positive, metavar="N", help="also: documents moved by N places at most")
+    parser.add_argument("--backlog", type=positive, metavar="N", help="also: both queues, with N requests waiting")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a file, as SVG")
     made = parser.add_argument_group("synthetic workloads, without --trace")
-    made.add_argument("--k", type=_positive, nargs="+", default=[2, 5], help="documents per request (default: 2 5)")
-    made.add_argument("--requests", type=_positive, default=6_000, help="default: %(default)s")
-    made.add_argument("--documents", type=_positive, default=20_000, help="default: %(default)s")
-    made.add_argument("--seeds", type=_positive, nargs="+", default=[7], help="a run for each (default: 7)")
+    made.add_argument("--k", type=positive, nargs="+", default=[2, 5], help="documents per request (default: 2 5)")
+    made.add_argument("--requests", type=positive, default=6_000, help="default: %(default)s")
+    made.add_argument("--documents", type=positive, default=20_000, help="default: %(default)s")
+    made.add_argument("--seeds", type=positive, nargs="+", default=[7], help="a run for each (default: 7)")
 
 
 def _add_cold_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -277,60 +225,6 @@ def _add_cold_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
         if name == "clear":
             action.add_argument("--namespace", metavar="HEX", help="one of those that `ls` shows")
             action.add_argument("--yes", action="store_true", help="do not ask")
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="model folder or hub name (default: the demo model that ships with stemcache)")
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="cuda is refused until there is a backend for it",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="auto: the checkpoint's own where the CPU computes it natively, else float32",
-    )
-    parser.add_argument(
-        "--pool-bytes",
-        type=_size,
-        default="2GiB",
-        help="memory for keys and values, such as 512MiB (default: %(default)s)",
-    )
-    parser.add_argument("--chunk-tokens", type=int, choices=[16, 32, 64, 128, 256], default=64)
-    parser.add_argument(
-        "--eviction",
-        choices=["lru", "lfu", "pgdsf"],
-        default="lru",
-        help="what goes when the pool is full; pgdsf weighs use and cost, for documents (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--queue",
-        choices=["fcfs", "cache"],
-        default="cache",
-        help="which of a key's requests starts first; cache: the one that is cached most (default: %(default)s)",
-    )
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"not a whole number above 0: {text!r}")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"not a port: {text!r}; write a number up to 65535, 0 for any free one")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,8 @@ def served(kind: str, corpus: Corpus, pool: float, configurations: Sequence[Conf
             else:
                 load, chunk = partial(Engine.from_model, model, tokenizer), 64
             with load(pool_bytes=64 << 20, chunk_tokens=chunk) as probe:
-                room = int(pool * sum(lengths)) * probe._runner.layout.bytes_per_token
+                tokens = int(pool * sum(lengths)) if each.is_cached else 2 * K * max(lengths)
+                room = tokens * probe._runner.layout.bytes_per_token
             engine = stack.enter_context(load(pool_bytes=room, chunk_tokens=chunk, eviction=each.eviction))
             cache = ContextCache(
                 engine, system_prompt=SYSTEM_PROMPT, passage_tokens=None, index="ivf", speculate=each.speculate

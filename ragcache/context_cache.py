@@ -12,10 +12,8 @@ left, nor will a request that was prepared before leave any.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,8 +40,6 @@ from stemcache.ragcache.reuse import DocumentReuse, Reuse
 from stemcache.ragcache.speculation import Speculation, SpeculationStats, Submit
 from stemcache.ragcache.splitter import Splitter
 from stemcache.ragcache.warming import Warming
-
-log = logging.getLogger(__name__)
 
 DEFAULT = Space()
 PASSAGE_TOKENS = 512
@@ -177,11 +173,10 @@ class ContextCache:
         It is remembered as pinned; after a restart `warm_pinned` pins it again. Raises as `warm`, and
         InvalidRequestError when pins would hold more than their share of the pool; then it is not pinned.
         """
-        known = self.get(document_id, space=space).document
-        document = replace(known, pinned=True, system_prompt=system_prompt)
+        changes = {"pinned": True, "system_prompt": system_prompt}
+        document = updated(self.get(document_id, space=space).document, changes)
         self._documents.put(space.owner, document)
-        self._warming.unpin(document_id, space)
-        return self._pin(document, space)
+        return self._warming.keep(document, self._messages("?", system_prompt), space)
 
     def unpin(self, document_id: str, *, space: Space = DEFAULT) -> None:
         """End the pins of a document; it stays cached until room is needed. Raises DocumentNotFoundError."""
@@ -189,18 +184,12 @@ class ContextCache:
 
     def warm_pinned(self, *, space: Space = DEFAULT, should_stop: Callable[[], bool] = lambda: False) -> int:
         """Pin again the documents that are remembered as pinned, as far as there is room for pins; returns how many."""
-        pinned = 0
-        for owner, document_id in self._catalogue.pinned():
-            if owner != space.owner or should_stop():
-                continue
-            try:
-                document = self.get(document_id, space=space).document
-                self._warming.unpin(document_id, space)
-                self._warming.pin(document_id, self._messages("?", document.system_prompt), space)
-                pinned += 1
-            except InvalidRequestError as error:  # a smaller pool than before, or the document is gone
-                log.warning("document %r is not pinned again: %s", document_id, error)
-        return pinned
+        own = [document_id for owner, document_id in self._catalogue.pinned() if owner == space.owner]
+        return sum(
+            self._warming.keep_again(document_id, lambda prompt: self._messages("?", prompt), space)
+            for document_id in own
+            if not should_stop()
+        )
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -350,22 +339,11 @@ class ContextCache:
 
     def _put(self, space: Space, document: Document) -> Change:
         change = self._documents.put(space.owner, document)
-        if change.status == "updated":
-            self._warming.unpin(document.id, space)
         if document.pinned and change.status != "unchanged":
-            self._pin(document, space)
-        return change
-
-    def _pin(self, document: Document, space: Space) -> int:
-        """Have a document pinned that is remembered as pinned; or, where that cannot be, not remembered so."""
-        try:
-            return self._warming.pin(document.id, self._messages("?", document.system_prompt), space)
-        except InvalidRequestError as error:
+            self._warming.keep(document, self._messages("?", document.system_prompt), space)
+        elif change.status == "updated":
             self._warming.unpin(document.id, space)
-            self._documents.put(space.owner, replace(document, pinned=False, system_prompt=None))
-            error.param = "pinned"
-            error.args = (f"document '{document.id}' was added, but cannot be pinned: {error}",)
-            raise
+        return change
 
     def _messages(self, question: str | None, system_prompt: str | None = None) -> Sequence[Message]:
         system = self.system_prompt if system_prompt is None else system_prompt

@@ -153,8 +153,10 @@ class Reuse:
         self._drop_places(name)
 
     def _drop_places(self, name: Name) -> None:
-        for place in [each for each in self._places if each[0] == name]:
-            del self._places[place]
+        """Where it was read, and with it every prompt that holds its tokens: they were to be forgotten."""
+        prompts = {id(place.prompt) for (each, _), place in self._places.items() if each == name}
+        for key in [key for key, place in self._places.items() if id(place.prompt) in prompts]:
+            del self._places[key]
 
     def _cached(self, places: list[tuple[Name, _Place]], space: Space) -> defaultdict[Name, int]:
         """How many tokens of each document are cached. One look at the cache for each prompt, not for each document."""

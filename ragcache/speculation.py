@@ -83,6 +83,7 @@ class Speculation:
         gate = self._gate_of(space.owner, is_filtered=bool(wish.where))
         stages = self._library.stages(space.owner, question, wish.k, wish.where, whole=not gate.wants_stages())
         guess: _Guess | None = None
+        wrong: _Guess | None = None
         seen: list[tuple[int, ...]] = []
         seconds: list[float] = []
         found: Sequence[Retrieved] = ()
@@ -91,9 +92,9 @@ class Speculation:
                 found, keys = stage, tuple(each.passage.key for each in stage)
                 if guess is not None and guess.keys != keys:
                     self._cancel(guess)
-                    guess = None
-                if guess is None:
-                    guess = self._guess(gate, len(seen), found, compose, submit)
+                    guess, wrong = None, guess
+                if guess is None and found and self._has_room(wrong):
+                    guess = self._guess(gate.step_tokens(len(seen)), gate, found, compose, submit)
                 seen.append(keys)
             gate.searched(seconds, [keys == seen[-1] for keys in seen])
             return compose(found) if guess is None else self._settled(guess)
@@ -112,13 +113,17 @@ class Speculation:
                 self._gates[owner, is_filtered] = gate
             return gate
 
-    def _guess(
-        self, gate: Gate, number: int, found: Sequence[Retrieved], compose: Compose, submit: Submit
-    ) -> _Guess | None:
-        """Have the engine begin with these documents, if that is promising and it has nothing else to do."""
-        step_tokens = gate.step_tokens(number)
+    def _has_room(self, wrong: _Guess | None) -> bool:
+        """Whether the engine does nothing now, but perhaps the last step of a wrong guess. It judges again itself."""
         now = self._engine.activity()
-        if not (found and step_tokens) or now.running or now.waiting:
+        ending = wrong is not None and wrong.stream.timing.ended is None
+        return now.running + now.waiting <= ending
+
+    def _guess(
+        self, step_tokens: int, gate: Gate, found: Sequence[Retrieved], compose: Compose, submit: Submit
+    ) -> _Guess | None:
+        """Have the engine begin with these documents, in steps of so many tokens; None if it cannot, or has not to."""
+        if not step_tokens:
             return None
         try:
             began = time.perf_counter()

@@ -5,14 +5,18 @@ Invariant: a document's pins are those of its present content; they end when it 
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.sampling import SamplingParams
 from stemcache.ragcache.compose import Message
 from stemcache.ragcache.document_store import DocumentStore
-from stemcache.ragcache.documents import Retrieved
+from stemcache.ragcache.documents import Document, Retrieved, updated
 from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
+
+log = logging.getLogger(__name__)
 
 
 class Warming:
@@ -46,6 +50,37 @@ class Warming:
             with self._lock:
                 self._pins.setdefault((space.owner, document_id), []).append((pin.id, space))
         return tokens
+
+    def keep(self, document: Document, messages: Sequence[Message], space: Space) -> int:
+        """Pin a document that is remembered as pinned, anew; returns the tokens of its pins.
+
+        Raises InvalidRequestError where that cannot be. Then it is not remembered so any more.
+        """
+        self.unpin(document.id, space)
+        try:
+            return self.pin(document.id, messages, space)
+        except InvalidRequestError as error:
+            self.unpin(document.id, space)
+            self._documents.put(space.owner, updated(document, {"pinned": False}))
+            error.param = "pinned"
+            error.args = (f"document '{document.id}' was added, but cannot be pinned: {error}",)
+            raise
+
+    def keep_again(
+        self, document_id: str, messages_after: Callable[[str | None], Sequence[Message]], space: Space
+    ) -> bool:
+        """Pin a document that was pinned before a restart; False where there is no room, and the log says so.
+
+        messages_after: those after a system prompt.
+        """
+        try:
+            document = self._preparation.library.catalogue.get(space.owner, document_id).document
+            self.unpin(document_id, space)
+            self.pin(document_id, messages_after(document.system_prompt), space)
+        except InvalidRequestError as error:  # a smaller pool than before, or the document has gone meanwhile
+            log.warning("document %r is not pinned again: %s", document_id, error)
+            return False
+        return True
 
     def unpin(self, document_id: str, space: Space) -> None:
         """End a document's pins, if it has any."""

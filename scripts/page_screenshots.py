@@ -121,6 +121,7 @@ def ask(page: Page, corpus: list[FactDocument]) -> None:
     """Ask through the page."""
     page.get_by_text("More", exact=True).click()
     page.get_by_label("System prompt").fill(SYSTEM_PROMPT)
+    page.locator("#order").select_option("cache")
     page.get_by_text("More", exact=True).click()
     page.locator("#retrieve").check()
     page.locator("#question").fill(corpus[0].facts[0].question)

@@ -9,6 +9,7 @@ const KIND = { // a range's colour, by its reason
 
 export class AskBox {
   showText = false;
+  hasTiers = false; // below the device, which an explanation does not look into
   #client;
   #busy = false;
   #report = null;
@@ -68,7 +69,8 @@ export class AskBox {
   #tell(report) {
     const { prompt_tokens: all, cached_tokens: found, ranges } = report;
     byId("told").hidden = false;
-    say(byId("verdict"), `${count(found)} of ${tokens(all)} (${percent(found, all)}) are cached at this moment; ${count(all - found)} have to be computed.`);
+    say(byId("verdict"), `${count(found)} of ${tokens(all)} (${percent(found, all)}) are cached at this moment; ${count(all - found)} ` +
+      (this.hasTiers && found < all ? "have to be computed, unless a tier below the device still has them." : "have to be computed."));
     byId("ranges").replaceChildren(...ranges.map((each) => {
       const piece = el("span", { class: KIND[each.reason] ?? "rest", title: `${each.start} to ${each.stop}: ${each.why}` });
       piece.style.flexGrow = each.tokens;

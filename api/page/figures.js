@@ -143,22 +143,24 @@ export function showMemory({ tiers, tenant }) {
     return el("li", {},
       el("div", { class: "line" }, el("b", {}, name), el("span", {}, size)),
       total ? bar(own, total) : null,
-      el("p", { class: "muted small" }, name === "device" ? deviceNote(tier) : tierNote(tier)),
+      el("p", { class: "muted small" }, name === "device" ? deviceNote(tier, tenant) : tierNote(tier)),
       tier.trouble ? el("p", { class: "wrong small" }, tier.trouble) : null);
   });
   byId("memory").replaceChildren(el("ul", { class: "tiers" }, ...rows));
 }
 
-function deviceNote({ chunks }) {
+function deviceNote({ chunks }, { hit_tokens: hits, miss_tokens: misses }) {
   const held = chunks.leased ? `; ${count(chunks.leased)} cannot be evicted now` : "";
-  return `${count(chunks.cached)} chunks cached, ${count(chunks.private)} of running requests, ${count(chunks.free)} free${held}`;
+  const rate = hits + misses ? `${percent(hits, hits + misses)} of your prompt tokens were here when they were wanted; ` : "";
+  return `${rate}${count(chunks.cached)} chunks cached, ${count(chunks.private)} of running requests, ${count(chunks.free)} free${held}`;
 }
 
 function tierNote(tier) {
   if (!tier.available) return "not available: what would be there is computed";
-  const misses = Object.entries(tier.misses).filter(([, n]) => n).map(([reason, n]) => `${count(n)} ${reason.replaceAll("_", " ")}`);
-  return `${tokens(tier.restored_tokens)} loaded instead of computed; objects: ${count(tier.hits)} hits` +
-    (misses.length ? `, misses: ${misses.join(", ")}` : "");
+  const missed = Object.values(tier.misses).reduce((total, n) => total + n, 0);
+  const why = Object.entries(tier.misses).filter(([, n]) => n).map(([reason, n]) => `${count(n)} ${reason.replaceAll("_", " ")}`);
+  const rate = tier.hits + missed ? `${percent(tier.hits, tier.hits + missed)} of ${count(tier.hits + missed)} objects found` : "nothing looked up yet";
+  return `${rate}${why.length ? ` (missed: ${why.join(", ")})` : ""}; ${tokens(tier.restored_tokens)} loaded instead of computed`;
 }
 
 export function showDocuments({ tenant }, withTitles) {

@@ -36,6 +36,7 @@ async function look() {
       client.get("/v1/cache/stats"), lookAtTree(text), client.get("/v1/cache/requests", { limit: 200 }), client.get("/health"),
     ]);
     latest = { stats, requests: requests.data };
+    box.hasTiers = Object.keys(stats.tiers).length > 1;
     flow.add(stats.tenant);
     view.show(tree);
     showTiles(stats, health, flow.recent);

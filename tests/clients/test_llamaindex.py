@@ -131,7 +131,7 @@ def test_the_synthesizer_keeps_documents_apart(
     expected: Callable[..., str],
 ) -> None:
     synthesizer = DocumentSynthesizer(llm, system_prompt=SYSTEM_PROMPT)
-    engine = RetrieverQueryEngine.from_args(retriever, response_synthesizer=synthesizer)
+    engine = RetrieverQueryEngine(retriever, synthesizer)
     given = texts(retriever.retrieve(question))
     text = expected(question, given, SYSTEM_PROMPT)
     cold = engine.query(question)
@@ -142,7 +142,7 @@ def test_the_synthesizer_keeps_documents_apart(
     assert str(asyncio.run(engine.aquery(question))) == text
 
     streaming = DocumentSynthesizer(llm, system_prompt=SYSTEM_PROMPT, streaming=True)
-    engine = RetrieverQueryEngine.from_args(retriever, response_synthesizer=streaming)
+    engine = RetrieverQueryEngine(retriever, streaming)
     response = engine.query(question)
     assert "".join(response.response_gen) == text
     assert response.metadata["usage"]["completion_tokens"] > 0
@@ -160,10 +160,8 @@ def test_nodes_from_elsewhere(llm: Stemcache, question: str, expected: Callable[
     answer = DocumentSynthesizer(llm).synthesize("What is the code of Velmora?", [NodeWithScore(node=node)])
     told = [{"title": "", "text": "title: Velmora\n\nThe code of Velmora is 7392."}]
     assert str(answer) == expected("What is the code of Velmora?", told)
-    texts_alone = DocumentSynthesizer(llm).get_response(
-        "What is the code of Velmora?", ["The code of Velmora is 7392."]
-    )
-    assert texts_alone == expected("What is the code of Velmora?", ["The code of Velmora is 7392."])
+    texts_alone = DocumentSynthesizer(llm).get_response("What is the code of Velmora?", [node.text])
+    assert texts_alone == expected("What is the code of Velmora?", [{"title": "", "text": node.text}])
     assert str(DocumentSynthesizer(llm).synthesize(question, [])) == "Empty Response"
 
 

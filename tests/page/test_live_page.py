@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import httpx
 import pytest
@@ -91,6 +94,73 @@ def test_a_tree_that_is_too_large_is_cut(visit: Visit, server: ServerProcess, cl
     expect(page.locator("#tree .more")).not_to_have_count(0)
     assert page.locator("#tree [role=treeitem]").count() < 130
     assert any(each.endswith("not shown") for each in boxes(page))
+
+
+def random_tree(rng: random.Random) -> dict[str, Any]:
+    """A tree as the server tells it, parents before children."""
+    nodes: list[dict[str, Any]] = []
+
+    def grow(parent: str | None, start: int, depth: int) -> int:
+        children = rng.randint(0 if depth else 1, 3) if depth < 4 else 0
+        for _ in range(children):
+            node = {"id": f"n{len(nodes)}", "parent": parent, "start": start, "tokens": 16 * rng.randint(1, 9)}
+            nodes.append(node)
+            node["hidden_children"] = rng.choice([0, 0, 0, 5])
+            grow(node["id"], start + node["tokens"], depth + 1)
+        return children
+
+    grow(None, 0, 0)
+    return {"nodes": nodes, "chunk_tokens": 16, "hidden_children": rng.choice([0, 3])}
+
+
+def test_blocks_are_as_wide_as_their_tokens_and_as_high_as_what_hangs_on_them(
+    visit: Visit, server: ServerProcess
+) -> None:
+    page, rng = visit(server.url), random.Random(5)
+    lay_out = "([tree, root]) => import('/page/layout.js').then((m) => m.layOut(tree, root))"
+    for _ in range(40):
+        tree = random_tree(rng)
+        root = rng.choice([None, None, rng.choice(tree["nodes"])["id"]])
+        drawn = page.evaluate(lay_out, [tree, root])
+        parts = {each["node"]["id"]: each for each in drawn["boxes"]}
+        shown = [node for node in tree["nodes"] if root is None or node["id"] == root or is_below(tree, node, root)]
+        assert {node["id"] for node in shown} == {name for name in parts if name.startswith("n")}
+        assert sum(each["hidden"] for each in drawn["boxes"]) == sum(
+            node["hidden_children"] for node in [*shown, *([tree] if root is None else [])]
+        )
+        for node in shown:
+            part = parts[node["id"]]
+            assert (part["x"], part["width"]) == (node["start"], node["tokens"])
+            if node["id"] != root and node["parent"] is not None:
+                parent = parts[node["parent"]]
+                assert part["x"] == parent["x"] + parent["width"]
+                assert parent["y"] <= part["y"] < part["y"] + part["height"] <= parent["y"] + parent["height"]
+                assert part["level"] == parent["level"] + 1
+        ends = [
+            each
+            for each in drawn["boxes"]
+            if each["height"] == 1
+            and not any(
+                other is not each and other["x"] == each["x"] + each["width"] and other["y"] == each["y"]
+                for other in drawn["boxes"]
+            )
+        ]
+        assert sorted(each["y"] for each in ends) == list(range(drawn["rows"])), "one way to go on in each row"
+        for row in range(drawn["rows"]):
+            spans = sorted(
+                (each["x"], each["x"] + each["width"])
+                for each in drawn["boxes"]
+                if each["y"] <= row < each["y"] + each["height"]
+            )
+            assert all(one[1] <= other[0] for one, other in pairwise(spans)), "two blocks lie on each other"
+
+
+def is_below(tree: dict[str, Any], node: dict[str, Any], root: str | None) -> bool:
+    parents = {each["id"]: each["parent"] for each in tree["nodes"]}
+    at = node["parent"]
+    while at is not None and at != root:
+        at = parents[at]
+    return at is not None
 
 
 def test_the_tree_by_keyboard(visit: Visit, server: ServerProcess, client: httpx.Client) -> None:

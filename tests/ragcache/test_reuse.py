@@ -108,6 +108,7 @@ def test_what_is_deleted_or_changed_is_no_longer_told(engine: Engine, cache_of) 
     cache.update(documents[1].id, text="Something else.")
     after = {each.document_id: each for each in cache.reuse()}
     assert set(after) == {documents[1].id, documents[2].id}
+    assert not cache._reuse._places, "they hold the tokens of what is deleted"
     assert after[documents[1].id].cached_tokens == 0
     cache.ask("Something else?", 2, params=BRIEF)
     changed = next(each for each in cache.reuse() if each.document_id == documents[1].id)

@@ -147,6 +147,15 @@ def test_what_was_wrong_stays_as_cache(engine, cache_of, open_gate):
     assert balance(cache).cancelled == 1
 
 
+def test_after_a_wrong_guess_comes_another(engine, cache_of, open_gate):
+    facts, documents = corpus(41, 8)
+    cache = cache_of()
+    doubtful(cache, documents, plan=["fewer", "right"])
+    cache.ask(facts[0].facts[0].question, params=BRIEF)
+    stats = balance(cache)
+    assert (stats.started, stats.stood, stats.cancelled) == (2, 1, 1)
+
+
 def test_a_guess_gives_way(engine, cache_of, open_gate, monkeypatch):
     facts, documents = corpus(34, 8)
     plain, cache, others = cache_of(speculate=False), cache_of(), []

@@ -40,7 +40,9 @@ class StemcacheChatGenerator(OpenAIChatGenerator):
         tools_strict: bool = False,
         http_client_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
+        # Haystack makes components anew, so that `super()` finds another class than the object's.
+        OpenAIChatGenerator.__init__(
+            self,
             api_key=api_key,
             model=model,
             streaming_callback=streaming_callback,
@@ -71,7 +73,8 @@ class StemcacheChatGenerator(OpenAIChatGenerator):
         documents: those that have texts; the title is the meta's. rag: have the server retrieve, such as `{"k": 4}`, or
         say how the documents are used: docs/documents.md. The rest is OpenAIChatGenerator's.
         """
-        return super().run(  # type: ignore[no-any-return]
+        return OpenAIChatGenerator.run(  # type: ignore[no-any-return]
+            self,
             messages,
             streaming_callback,
             self._with_documents(generation_kwargs, documents, rag),
@@ -92,7 +95,8 @@ class StemcacheChatGenerator(OpenAIChatGenerator):
         tools_strict: bool | None = None,
     ) -> dict[str, list[ChatMessage]]:
         """As `run`."""
-        return await super().run_async(  # type: ignore[no-any-return]
+        return await OpenAIChatGenerator.run_async(  # type: ignore[no-any-return]
+            self,
             messages,
             streaming_callback,
             self._with_documents(generation_kwargs, documents, rag),
@@ -101,7 +105,7 @@ class StemcacheChatGenerator(OpenAIChatGenerator):
         )
 
     def _client_kwargs(self) -> dict[str, Any]:
-        return {**super()._client_kwargs(), "api_key": self.api_key.resolve_value() or NO_KEY}
+        return {**OpenAIChatGenerator._client_kwargs(self), "api_key": self.api_key.resolve_value() or NO_KEY}
 
     def _with_documents(
         self, generation_kwargs: dict[str, Any] | None, documents: list[Document] | None, rag: dict[str, Any] | None

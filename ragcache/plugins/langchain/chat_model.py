@@ -25,7 +25,7 @@ from stemcache.ragcache.plugins.client import DEFAULT_URL, NO_KEY
 
 
 class ChatStemcache(BaseChatOpenAI):
-    """What ChatOpenAI is for OpenAI, for a stemcache server. Calls may be given `documents` and `rag`, or bound to.
+    """What ChatOpenAI is for OpenAI, for a stemcache server. Every call takes `documents` and `rag`, bound ones too.
 
     documents: texts, LangChain's documents (the title is the metadata's), or mappings with `title` and `text`.
     rag: have the server retrieve, such as `{"k": 4}`, or say how the documents are used: docs/documents.md.

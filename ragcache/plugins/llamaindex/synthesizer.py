@@ -1,6 +1,6 @@
 """A LlamaIndex response synthesizer that gives the model the documents apart.
 
-    engine = RetrieverQueryEngine.from_args(retriever, response_synthesizer=DocumentSynthesizer(llm))
+    engine = RetrieverQueryEngine(retriever, DocumentSynthesizer(llm))
 
 Invariant: one model call a question, with every node as one document. Nothing is packed, refined or cut.
 """

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,21 @@ def test_the_compose_file_keeps_to_the_specification() -> None:
 
 def test_the_dockerfile_is_sound() -> None:
     run(tool("hadolint"), ROOT / "Dockerfile")
+
+
+def test_what_the_image_copies_is_a_whole_package(tmp_path: Path) -> None:
+    """The files that .dockerignore lets through, built as the Dockerfile does."""
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for name in allowed:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, tmp_path / name, **({"symlinks": True} if (ROOT / name).is_dir() else {}))
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "made", tmp_path)
+    (wheel,) = (tmp_path / "made").iterdir()
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    for package in ("api", "engine", "kernels", "prefixtree", "ragcache"):
+        files = [path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        missing = {f"stemcache/{path.relative_to(ROOT)}" for path in files} - packed
+        assert missing == set(), package
 
 
 def test_prometheus_understands_its_configuration_and_the_dashboards_queries(tmp_path: Path) -> None:
