@@ -61,7 +61,7 @@ class Blending:
         if any(start >= stop for start, stop in passages):
             return prepared
         blend = Blend(spans[0][0], passages, self.require_on().share)
-        return replace(prepared, blend=blend, marks=(*prepared.marks, *self._marks(prepared, blend)))
+        return replace(prepared, blend=blend, alone_marks=tuple(self._marks(prepared, blend)))
 
     def read(self, prepared: Prepared) -> None:
         """Have the passages read alone that are not cached; returns when they are. Their marks are noted already."""
@@ -70,7 +70,7 @@ class Blending:
         try:
             read_alone(self._engine, [(prepared.tokens, prepared.blend)], space.tenant, space.cache_salt)
         finally:
-            self._documents.verify(prepared.epoch, space.owner, prepared.marks)
+            self._documents.verify(prepared.epoch, space.owner, prepared.all_marks)
 
     def _marks(self, prepared: Prepared, blend: Blend) -> Iterator[tuple[int, Footprint]]:
         """What is read alone of the catalogue's passages, by their keys."""

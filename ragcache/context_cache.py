@@ -273,7 +273,7 @@ class ContextCache:
 
     def submitted(self, prepared: Prepared) -> None:
         """To be called once a prepared prompt was submitted: a document may have been deleted in between."""
-        self._documents.verify(prepared.epoch, prepared.space.owner, prepared.marks)
+        self._documents.verify(prepared.epoch, prepared.space.owner, prepared.all_marks)
 
     def started(self, prepared: Prepared, usage: Usage) -> None:
         """To be called once a submitted prompt has been read: what `reuse` tells."""
@@ -359,7 +359,7 @@ class ContextCache:
     def _noted(self, prepared: Prepared, wish: Wish) -> Prepared:
         if wish.reuse == "blend":
             prepared = self.blending.planned(prepared)
-        self._documents.note(prepared.space.owner, prepared.marks)
+        self._documents.note(prepared.space.owner, prepared.all_marks)
         if prepared.blend is not None:
             self.blending.read(prepared)
         return prepared

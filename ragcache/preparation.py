@@ -77,6 +77,7 @@ class Prepared:
 
     epoch: the document store's when the preparation began.
     stream: of its answer, where it was submitted already; to be read or cancelled.
+    marks, alone_marks: of its passages, by their keys: in the prompt, and where they are read alone to be moved.
     """
 
     space: Space
@@ -89,6 +90,12 @@ class Prepared:
     advice: str | None = None
     blend: Blend | None = None
     stream: Stream | None = None
+    alone_marks: tuple[tuple[int, Footprint], ...] = ()
+
+    @property
+    def all_marks(self) -> tuple[tuple[int, Footprint], ...]:
+        """Of the prompt, and of what is read alone for it."""
+        return (*self.marks, *self.alone_marks)
 
     @property
     def tokens(self) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Final
@@ -30,7 +31,7 @@ class DocumentReuse:
     Attributes:
         tokens: of its passages that were read, each once.
         requests: prompts in which it stood.
-        hit_tokens: of it were cached when those prompts came.
+        hit_tokens: of it were cached when those prompts came, in their places or, where they were moved, elsewhere.
         evicted_tokens: missed; had been cached at this place, and were evicted.
         unfinished_tokens: missed; at the prompt's end, less than a chunk.
         new_tokens: missed; never cached after what stood before them.
@@ -91,10 +92,9 @@ class Reuse:
         """A prepared prompt has been read; `usage` says what of it was found."""
         spans = dict(zip([each.passage.key for each in prepared.retrieved], prepared.context.spans, strict=True))
         passages = {each.passage.key: each.passage for each in prepared.retrieved}
-        end = max((spans[key][1] for key, _ in prepared.marks), default=0)
-        prompt, seen = array("I", prepared.tokens[:end]), set()
+        seen = set()
         with self._lock:
-            for key, mark in prepared.marks:
+            for key, _ in prepared.marks:
                 passage = passages[key]
                 name = (prepared.space.owner, prepared.space.cache_salt, passage.document_id)
                 counts = self._counts_of(name, passage)
@@ -102,7 +102,9 @@ class Reuse:
                 seen.add(name)
                 counts.sizes[key] = spans[key][1] - spans[key][0]
                 _add(counts, *spans[key], usage, self._cache.chunk_tokens)
-                self._places[name, mark] = _Place(prompt, *spans[key])
+            for key, mark, place in _places(prepared, self._cache.chunk_tokens):
+                name = (prepared.space.owner, prepared.space.cache_salt, passages[key].document_id)
+                self._places[name, mark] = place
                 self._places.move_to_end((name, mark))
             while len(self._places) > MAX_PLACES:
                 self._places.popitem(last=False)
@@ -183,8 +185,28 @@ def _add(counts: _Counts, start: int, stop: int, usage: Usage, chunk_tokens: int
     gone = usage.cached_tokens + usage.evicted_tokens
     whole = max(gone, looked_up - looked_up % chunk_tokens)
     borders = [min(stop, max(start, at)) for at in (0, usage.cached_tokens, gone, whole, stop)]
-    hits, evicted, new, unfinished = (right - left for left, right in pairwise(borders))
+    parts = []
+    for left, right in pairwise(borders):
+        moved = sum(max(0, min(right, m.kept.stop) - max(left, m.kept.start)) for m in usage.moved)
+        counts.hits += moved  # found all the same
+        parts.append(right - left - moved)
+    hits, evicted, new, unfinished = parts
     counts.hits += hits
     counts.evicted += evicted
     counts.new += new
     counts.unfinished += unfinished
+
+
+def _places(prepared: Prepared, chunk_tokens: int) -> Iterator[tuple[int, Footprint, _Place]]:
+    """Where a prompt's passages, by their keys, are cached: in the prompt, or where they were read to be moved."""
+    spans = dict(zip([each.passage.key for each in prepared.retrieved], prepared.context.spans, strict=True))
+    blend = prepared.blend
+    if blend is None:
+        prompt = array("I", prepared.tokens[: max((spans[key][1] for key, _ in prepared.marks), default=0)])
+        yield from ((key, mark, _Place(prompt, *spans[key])) for key, mark in prepared.marks)
+        return
+    passages = dict(zip([each.passage.key for each in prepared.retrieved], blend.passages, strict=True))
+    for key, mark in prepared.alone_marks:
+        start, stop = passages[key]
+        alone = array("I", blend.alone(prepared.tokens, (start, stop), chunk_tokens))
+        yield key, mark, _Place(alone, blend.head, blend.head + stop - start)

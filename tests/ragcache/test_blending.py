@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from random import Random
 
 import pytest
@@ -122,6 +123,21 @@ def test_deleting_a_document_removes_what_was_read_for_moving_it(engine, cache):
     cache.expire()
     engine.check()
     assert not any(facts[0].facts[0].sentence in text for text in cached_texts(engine))
+
+
+def test_reuse_by_document_counts_each_token_once(cache):
+    facts = random_corpus(Random(25), 6)
+    cache.add([Document(id=f.title, title=f.title, text=f.text) for f in facts])
+    found, missed = Counter(), Counter()
+    for each in facts[:3]:
+        for source in cache.ask(each.facts[0].question, params=SHORT, reuse="blend").sources:
+            found[source.document_id] += source.cached_tokens + source.moved_tokens
+            missed[source.document_id] += source.computed_tokens
+    told = cache.reuse()
+    assert {each.document_id: each.hit_tokens for each in told} == found
+    assert {each.document_id: each.miss_tokens for each in told} == missed
+    assert sum(each.requests for each in told) == 3 * 4
+    assert all(each.cached_tokens == each.tokens for each in told), "each is cached where it was read alone"
 
 
 def test_it_is_off_until_it_was_tried(cache_of):
