@@ -70,7 +70,7 @@ export class AskBox {
     const { prompt_tokens: all, cached_tokens: found, ranges } = report;
     byId("told").hidden = false;
     say(byId("verdict"), `${count(found)} of ${tokens(all)} (${percent(found, all)}) are cached at this moment; ${count(all - found)} ` +
-      (this.hasTiers && found < all ? "have to be computed, unless a tier below the device still has them." : "have to be computed."));
+      (this.hasTiers && ranges.some((each) => ["never_seen", "evicted"].includes(each.reason)) ? "have to be computed, unless a tier below the device still has them." : "have to be computed."));
     byId("ranges").replaceChildren(...ranges.map((each) => {
       const piece = el("span", { class: KIND[each.reason] ?? "rest", title: `${each.start} to ${each.stop}: ${each.why}` });
       piece.style.flexGrow = each.tokens;
