@@ -112,7 +112,7 @@ export class AskBox {
     byId("used").tBodies[0].replaceChildren(...documents.map((each) => el("tr", {},
       el("th", { scope: "row" }, (this.showText && each.title) || each.id || "given by hand"),
       el("td", { class: "num" }, count(each.tokens)),
-      el("td", { class: "num" }, percent(each.cached_tokens, each.tokens)),
+      el("td", { class: "num" }, percent(each.cached_tokens + each.moved_tokens, each.tokens)),
       el("td", {}, each.why ?? "all of it was reused"))));
   }
 }
