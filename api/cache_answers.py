@@ -182,6 +182,7 @@ class DocumentReuseAnswer(Answer):
     requests: int
     tiers: dict[str, DocumentTier]
     hit_tokens: int
+    moved_tokens: int
     miss_tokens: int
     misses: Misses
 

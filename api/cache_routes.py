@@ -227,6 +227,7 @@ def _document(each: DocumentReuse, bytes_per_token: int) -> Json:
         "requests": each.requests,
         "tiers": {"device": {"tokens": {"cached": cached}, "bytes": {"cached": cached * bytes_per_token}}},
         "hit_tokens": each.hit_tokens,
+        "moved_tokens": each.moved_tokens,
         "miss_tokens": each.miss_tokens,
         "misses": {
             "evicted": each.evicted_tokens,

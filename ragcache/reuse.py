@@ -1,7 +1,7 @@
 """Reuse: what prompts found of each document in the cache, and what is cached of it now.
 
-Invariant: every token of a document that stood in a prompt which was read is counted once: as a hit, or as a miss by
-its reason. The reasons are those of `prefixtree.accounts`. Bounded: what was not used for the longest time goes.
+Invariant: every token of a document that stood in a prompt which was read is counted once: as a hit, as moved, or as a
+miss by its reason, as `prefixtree.accounts` has them. Bounded: what was not used for the longest time goes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Final
@@ -31,7 +31,8 @@ class DocumentReuse:
     Attributes:
         tokens: of its passages that were read, each once.
         requests: prompts in which it stood.
-        hit_tokens: of it were cached when those prompts came, in their places or, where they were moved, elsewhere.
+        hit_tokens: of it were cached when those prompts came.
+        moved_tokens: of it were moved there from another place, which is not exact (`reuse="blend"`).
         evicted_tokens: missed; had been cached at this place, and were evicted.
         unfinished_tokens: missed; at the prompt's end, less than a chunk.
         new_tokens: missed; never cached after what stood before them.
@@ -43,6 +44,7 @@ class DocumentReuse:
     tokens: int
     requests: int
     hit_tokens: int
+    moved_tokens: int
     evicted_tokens: int
     unfinished_tokens: int
     new_tokens: int
@@ -62,6 +64,7 @@ class _Counts:
     sizes: dict[int, int] = field(default_factory=dict)
     requests: int = 0
     hits: int = 0
+    moved: int = 0
     evicted: int = 0
     unfinished: int = 0
     new: int = 0
@@ -79,6 +82,10 @@ class _Place:
 Name = tuple[str, bytes, str]  # owner, cache salt, document
 
 
+def _name(space: Space, passage: Passage) -> Name:
+    return space.owner, space.cache_salt, passage.document_id
+
+
 class Reuse:
     """Counts by document, of every owner and salt apart. From any thread."""
 
@@ -90,24 +97,40 @@ class Reuse:
 
     def count(self, prepared: Prepared, usage: Usage) -> None:
         """A prepared prompt has been read; `usage` says what of it was found."""
-        spans = dict(zip([each.passage.key for each in prepared.retrieved], prepared.context.spans, strict=True))
-        passages = {each.passage.key: each.passage for each in prepared.retrieved}
+        known = [
+            (each.passage, span)
+            for each, span in zip(prepared.retrieved, prepared.context.spans, strict=True)
+            if each.passage.key > 0
+        ]
+        places = self._places_of(prepared, [span for _, span in known])
         seen = set()
         with self._lock:
-            for key, _ in prepared.marks:
-                passage = passages[key]
-                name = (prepared.space.owner, prepared.space.cache_salt, passage.document_id)
+            for passage, (start, stop) in known:
+                name = _name(prepared.space, passage)
                 counts = self._counts_of(name, passage)
                 counts.requests += name not in seen
                 seen.add(name)
-                counts.sizes[key] = spans[key][1] - spans[key][0]
-                _add(counts, *spans[key], usage, self._cache.chunk_tokens)
-            for key, mark, place in _places(prepared, self._cache.chunk_tokens):
-                name = (prepared.space.owner, prepared.space.cache_salt, passages[key].document_id)
+                counts.sizes[passage.key] = stop - start
+                _add(counts, start, stop, usage, self._cache.chunk_tokens)
+            # The marks of what was moved follow those of what stands in the prompt, in the same order.
+            names = [_name(prepared.space, passage) for passage, _ in known] * 2
+            for name, (_, mark), place in zip(names, prepared.marks, places, strict=False):
                 self._places[name, mark] = place
                 self._places.move_to_end((name, mark))
             while len(self._places) > MAX_PLACES:
                 self._places.popitem(last=False)
+
+    def _places_of(self, prepared: Prepared, spans: Sequence[tuple[int, int]]) -> list[_Place]:
+        """Where its passages were read: in the prompt, and alone where they may be moved from there."""
+        prompt = array("I", prepared.tokens[: spans[-1][1]] if spans else [])
+        places = [_Place(prompt, start, stop) for start, stop in spans]
+        blend = prepared.blend
+        if blend is not None:
+            for each, (start, stop) in zip(prepared.retrieved, blend.passages, strict=True):
+                if each.passage.key > 0:
+                    alone = array("I", blend.alone(prepared.tokens, (start, stop), self._cache.chunk_tokens))
+                    places.append(_Place(alone, blend.head, blend.head + stop - start))
+        return places
 
     def of(self, space: Space, limit: int) -> list[DocumentReuse]:
         """The owner's documents under this salt, the latest used first. Waits for the engine's running step."""
@@ -123,6 +146,7 @@ class Reuse:
                 tokens=sum(counts.sizes.values()),
                 requests=counts.requests,
                 hit_tokens=counts.hits,
+                moved_tokens=counts.moved,
                 evicted_tokens=counts.evicted,
                 unfinished_tokens=counts.unfinished,
                 new_tokens=counts.new,
@@ -179,34 +203,19 @@ class Reuse:
 def _add(counts: _Counts, start: int, stop: int, usage: Usage, chunk_tokens: int) -> None:
     """Count the tokens [start, stop) of a prompt: cached ones lead, then the evicted, the new, and an unfinished chunk.
 
-    The prompt's last token is not looked up.
+    The prompt's last token is not looked up. What was moved lies behind the cached ones, and the rest of such a passage
+    is computed whatever is cached.
     """
     looked_up = usage.prompt_tokens - 1
     gone = usage.cached_tokens + usage.evicted_tokens
     whole = max(gone, looked_up - looked_up % chunk_tokens)
     borders = [min(stop, max(start, at)) for at in (0, usage.cached_tokens, gone, whole, stop)]
-    parts = []
-    for left, right in pairwise(borders):
-        moved = sum(max(0, min(right, m.kept.stop) - max(left, m.kept.start)) for m in usage.moved)
-        counts.hits += moved  # found all the same
-        parts.append(right - left - moved)
-    hits, evicted, new, unfinished = parts
+    hits, evicted, new, unfinished = (right - left for left, right in pairwise(borders))
+    moved = sum(len(part.kept) for part in usage.moved if start <= part.start < stop)
+    if moved:
+        evicted, new, unfinished = 0, stop - start - hits - moved, 0
     counts.hits += hits
+    counts.moved += moved
     counts.evicted += evicted
     counts.new += new
     counts.unfinished += unfinished
-
-
-def _places(prepared: Prepared, chunk_tokens: int) -> Iterator[tuple[int, Footprint, _Place]]:
-    """Where a prompt's passages, by their keys, are cached: in the prompt, or where they were read to be moved."""
-    spans = dict(zip([each.passage.key for each in prepared.retrieved], prepared.context.spans, strict=True))
-    blend = prepared.blend
-    if blend is None:
-        prompt = array("I", prepared.tokens[: max((spans[key][1] for key, _ in prepared.marks), default=0)])
-        yield from ((key, mark, _Place(prompt, *spans[key])) for key, mark in prepared.marks)
-        return
-    passages = dict(zip([each.passage.key for each in prepared.retrieved], blend.passages, strict=True))
-    for key, mark in prepared.alone_marks:
-        start, stop = passages[key]
-        alone = array("I", blend.alone(prepared.tokens, (start, stop), chunk_tokens))
-        yield key, mark, _Place(alone, blend.head, blend.head + stop - start)

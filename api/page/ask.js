@@ -70,7 +70,7 @@ export class AskBox {
     const { prompt_tokens: all, cached_tokens: found, ranges } = report;
     byId("told").hidden = false;
     say(byId("verdict"), `${count(found)} of ${tokens(all)} (${percent(found, all)}) are cached at this moment; ${count(all - found)} ` +
-      (this.hasTiers && found < all ? "have to be computed, unless a tier below the device still has them." : "have to be computed."));
+      (this.hasTiers && ranges.some((each) => ["never_seen", "evicted"].includes(each.reason)) ? "have to be computed, unless a tier below the device still has them." : "have to be computed."));
     byId("ranges").replaceChildren(...ranges.map((each) => {
       const piece = el("span", { class: KIND[each.reason] ?? "rest", title: `${each.start} to ${each.stop}: ${each.why}` });
       piece.style.flexGrow = each.tokens;
@@ -112,7 +112,7 @@ export class AskBox {
     byId("used").tBodies[0].replaceChildren(...documents.map((each) => el("tr", {},
       el("th", { scope: "row" }, (this.showText && each.title) || each.id || "given by hand"),
       el("td", { class: "num" }, count(each.tokens)),
-      el("td", { class: "num" }, percent(each.cached_tokens, each.tokens)),
+      el("td", { class: "num" }, percent(each.cached_tokens + each.moved_tokens, each.tokens)),
       el("td", {}, each.why ?? "all of it was reused"))));
   }
 }

@@ -166,12 +166,13 @@ function tierNote(tier) {
 export function showDocuments({ tenant }, withTitles) {
   const all = tenant.documents;
   const rows = all.slice(0, DOCUMENTS).map((each) => {
-    const asked = each.hit_tokens + each.miss_tokens;
-    const parts = [["device", each.hit_tokens], ...MISSES.map(([name, kind]) => [kind, each.misses[name]])];
+    const reused = each.hit_tokens + each.moved_tokens;
+    const asked = reused + each.miss_tokens;
+    const parts = [["device", each.hit_tokens], ["elsewhere", each.moved_tokens], ...MISSES.map(([name, kind]) => [kind, each.misses[name]])];
     return el("tr", {},
       el("th", { scope: "row" }, withTitles && each.title ? each.title : each.id, el("span", { class: "muted small" }, tokens(each.tokens))),
       el("td", { class: "num" }, count(each.requests)),
-      el("td", { class: "reuse" }, bar(parts, asked), el("span", { class: "num" }, percent(each.hit_tokens, asked))),
+      el("td", { class: "reuse" }, bar(parts, asked), el("span", { class: "num" }, percent(reused, asked))),
       el("td", { class: "num" }, bytes(each.tiers.device.bytes.cached)));
   });
   byId("documents").hidden = rows.length === 0;

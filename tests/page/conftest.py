@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo.facts import FactDocument, random_corpus
@@ -25,6 +25,7 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+expect.set_options(timeout=60_000)  # milliseconds; the machine may be busy, and no test is about times
 OPTIONS = ("--dtype", "float32", "--pool-bytes", "16MiB", "--chunk-tokens", "16")
 
 

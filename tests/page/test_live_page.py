@@ -377,7 +377,7 @@ def test_a_server_in_trouble_that_comes_back_and_ends(visit: Visit) -> None:
         expect(page.locator("#trouble")).to_have_text("It ends.")
         expect(page.locator("#state")).to_have_text("no answer")
         page.unroute("**/v1/cache/**")
-        expect(page.locator("#state")).to_have_text("live", timeout=15_000)
+        expect(page.locator("#state")).to_have_text("live")
         expect(page.locator("#trouble")).not_to_be_visible()
     expect(page.locator("#trouble")).to_have_text("The server does not answer. This page keeps trying.")
 

@@ -13,6 +13,7 @@ from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, FactDocument, random_corpus
 from stemcache.engine.engine import Engine
 from stemcache.prefixtree.explain import Reason
+from stemcache.ragcache.calibration import Verdict
 from stemcache.ragcache.context_cache import ContextCache
 from stemcache.ragcache.documents import Document
 from stemcache.ragcache.preparation import Prepared, Space, Wish
@@ -93,6 +94,30 @@ def cached_now(engine: Engine, space: Space, prompts: list[Prepared], name: str)
         for prompt in places
     }
     return sum(max(0, found[prompt] - start) for prompt, start in places.items())
+
+
+def test_what_is_moved_is_told_apart(engine: Engine, cache_of) -> None:
+    cache, (facts, documents), rng = cache_of(), corpus(6, 5), Random(6)
+    cache.blending.verdict = Verdict(
+        share=0.15, questions=100, right_computed=100, right_moved=100, prompt_tokens=1000, moved_tokens=600
+    )
+    cache.add(documents)
+    expected: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for _ in range(8):
+        question = rng.choice(rng.choice(facts).facts).question
+        answer = cache.ask(question, rng.randint(2, 4), params=BRIEF, reuse=rng.choice(["prefix", "blend", "blend"]))
+        for source in answer.sources:
+            expected[source.document_id] += Counter(
+                requests=1, hits=source.cached_tokens, moved=source.moved_tokens, missed=source.computed_tokens
+            )
+    told = {each.document_id: each for each in cache.reuse()}
+    assert {
+        name: Counter(requests=each.requests, hits=each.hit_tokens, moved=each.moved_tokens, missed=each.miss_tokens)
+        for name, each in told.items()
+    } == expected
+    assert sum(each.moved_tokens for each in told.values()) > 0
+    for each in told.values():
+        assert each.cached_tokens >= each.tokens or not each.moved_tokens, "it was read alone, and that is cached"
 
 
 def test_what_is_deleted_or_changed_is_no_longer_told(engine: Engine, cache_of) -> None:
