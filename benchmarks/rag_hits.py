@@ -1,6 +1,6 @@
 """What the questions of rag_timing.py find in the cache, for pools of several sizes: 1,000 of them, without a model.
 
-    python benchmarks/rag_hits.py
+    python benchmarks/rag_hits.py [--pools 0.1 0.25 0.5]
 
 The default embedder's retrieval, then the real store and policies in the simulator; a busy machine changes nothing.
 Prints and writes to results/rag_hits.json the share of the documents' tokens that are found, over three seeds, after
@@ -9,6 +9,7 @@ Prints and writes to results/rag_hits.json the share of the documents' tokens th
 
 from __future__ import annotations
 
+import argparse
 from statistics import mean, stdev
 
 import numpy as np
@@ -55,9 +56,12 @@ def hits(made: Trace, setup: Setup, pool: float) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pools", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="shares of the corpus")
+    options = parser.parse_args()
     traces = [trace(seed) for seed in (1, 2, 3)]
     rows = []
-    for pool in (0.1, 0.25, 0.5, 1.0):
+    for pool in options.pools:
         for name, setup in zip(NAMES, SETUPS, strict=True):
             rates = [hits(each, setup, pool) for each in traces]
             rows.append({"pool": pool, "configuration": name, "hit_tokens": rates})
