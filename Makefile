@@ -84,6 +84,8 @@ soak-tiers: $(READY)  ## ten minutes of questions while the Redis server behind 
 
 bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
 	@for name in attention tree ttft decode answers codecs tiers policies queue_order retrieval blend; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for kind in demo long search; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_timing.py $$kind || exit 1; done
+	@$(BIN)/python benchmarks/rag_hits.py && $(BIN)/python benchmarks/rag_chart.py
 
 kernel-gate: $(READY)  ## compile every GPU kernel configuration for sm_80, sm_90 and sm_100 (no GPU needed)
 	@$(BIN)/python -m stemcache.kernels.triton_compile

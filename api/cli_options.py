@@ -92,6 +92,9 @@ def add_document_options(parser: argparse.ArgumentParser) -> None:
         help="documents are split into passages of so many tokens (default: %(default)s)",
     )
     parser.add_argument(
+        "--no-speculation", action="store_true", help="never read documents before their search has ended"
+    )
+    parser.add_argument(
         "--max-documents", type=positive, default=100_000, help="documents of one key (default: %(default)s)"
     )
 

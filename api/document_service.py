@@ -36,6 +36,7 @@ def open_documents(
             embedder=embedder_of(options.embedder, model=options.embedding_model, api_key=settings.embeddings_api_key),
             index=options.index,
             passage_tokens=options.passage_tokens,
+            speculate=not options.no_speculation,
         )
     except MissingExtraError as error:
         if options.documents is not None or options.embedder != "hashing":

@@ -179,7 +179,7 @@ def warm_up(everyone: Sequence[Served], asked: Sequence[Fact], params: SamplingP
     for one in everyone:
         if not one.configuration.is_cached:
             continue
-        head = 0 if computed else 3  # these are computed, so that the engine knows what steps cost
+        head = 0 if computed else 1  # this one is computed, so that the engine knows what steps cost
         with ExitStack() as stack:
             for number, fact in enumerate(asked):
                 if number == head and not computed:
@@ -195,7 +195,7 @@ def measure(everyone: Sequence[Served], asked: Sequence[Fact], params: SamplingP
         for one in (*everyone[turn:], *everyone[:turn]):
             if number % one.configuration.every == 0:
                 one.ask(fact, params)
-        if number % 20 == 19:
+        if number % 10 == 9:
             print(f"{number + 1} of {len(asked)} questions, {time.perf_counter() - begin:.0f} s", flush=True)
 
 

@@ -429,8 +429,12 @@ def test_the_options_of_serve(engine: Engine, tmp_path: Path) -> None:
 
     with opened("--documents", str(tmp_path / "a"), "--index", "hnsw", "--passage-tokens", "20") as documents:
         assert documents is not None
+        assert documents._speculates
         (change,) = documents.add(["The code of Velmora is 7392. " * 10])
         assert change.record.passages > 5
+    with opened("--no-speculation") as documents:
+        assert documents is not None
+        assert not documents._speculates
     for bad, problem in (
         (("--embedder", "http://127.0.0.1:9/v1", "--embedding-model", "m"), "cannot be asked for embeddings"),
         (("--embedder", "http://127.0.0.1:9/v1"), "--embedding-model NAME"),
