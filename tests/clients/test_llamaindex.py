@@ -138,7 +138,8 @@ def test_the_synthesizer_keeps_documents_apart(
     assert str(cold) == text
     assert cold.source_nodes[0].node.ref_doc_id == corpus[1].title
     warm = engine.query(corpus[1].facts[1].question)
-    assert warm.metadata["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
+    cached = [each.metadata["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (cold, warm)]
+    assert cached[0] < cached[1]
     assert str(asyncio.run(engine.aquery(question))) == text
 
     streaming = DocumentSynthesizer(llm, system_prompt=SYSTEM_PROMPT, streaming=True)
