@@ -31,6 +31,8 @@ from stemcache.engine.demo.facts import SYSTEM_PROMPT, random_corpus
 from stemcache.engine.engine import Engine
 from stemcache.prefixtree.errors import StemcacheError
 from stemcache.ragcache.context_cache import ContextCache
+from stemcache.ragcache.errors import DocumentServerError
+from stemcache.ragcache.plugins.client import DocumentsClient
 
 ALICE, BOB = "alice-" + "a" * 32, "bob-" + "b" * 32
 FACTS = random_corpus(Random(77), 12)
@@ -299,6 +301,14 @@ def test_search_finds_what_chats_retrieve(alice: httpx.Client, bob: httpx.Client
         assert why in nothing.notes[0]
     assert refusal(alice.post("/v1/documents/search", json={"query": "What?", "k": 0}))["param"] == "k"
     assert refusal(alice.post("/v1/documents/search", json={"k": 1}))["param"] == "query"
+
+
+def test_the_plugins_client_has_a_key(alice: httpx.Client, tenants: ServerProcess) -> None:
+    add(alice, DOCUMENTS[:3])
+    assert [DocumentsClient(tenants.url, key).count() for key in (ALICE, BOB)] == [3, 0]
+    with pytest.raises(DocumentServerError, match="the server refuses") as refused:
+        DocumentsClient(tenants.url).count()
+    assert refused.value.code == "invalid_api_key"
 
 
 def test_a_list_has_texts_if_asked(alice: httpx.Client) -> None:

@@ -81,6 +81,14 @@ def test_the_page(run_page: Callable[[str], str]) -> None:
     assert "7392" in run_page("haystack")
 
 
+def test_the_migration(migrated: Callable[..., dict[str, Any]]) -> None:
+    pipeline = Pipeline()
+    pipeline.add_component("retriever", StemcacheRetriever(StemcacheDocumentStore()))
+    migrated("haystack", pipeline=pipeline, StemcacheChatGenerator=StemcacheChatGenerator)
+    assert set(pipeline.inputs()["llm"]) >= {"messages", "rag"}
+    assert "documents" not in pipeline.inputs()["llm"], "they come from the retriever"
+
+
 def test_answers_are_the_engines(
     generator: StemcacheChatGenerator, documents: list[Document], question: str, expected: Callable[..., str]
 ) -> None:

@@ -72,6 +72,11 @@ def test_the_page(run_page: Callable[[str], str]) -> None:
     assert "7392" in run_page("llamaindex")
 
 
+def test_the_migration(migrated: Callable[..., dict[str, Any]]) -> None:
+    names = {each.__name__: each for each in (Stemcache, DocumentSynthesizer, RetrieverQueryEngine)}
+    assert isinstance(migrated("llamaindex", retriever=StemcacheRetriever(), **names)["engine"], RetrieverQueryEngine)
+
+
 def test_answers_are_the_engines(
     llm: Stemcache, documents: list[dict[str, str]], question: str, expected: Callable[..., str]
 ) -> None:
