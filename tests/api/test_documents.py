@@ -277,7 +277,7 @@ def test_metadata_is_what_it_was(alice: httpx.Client) -> None:
 
 
 def search(client: httpx.Client, query: str, **fields: Any) -> FoundPassages:
-    response = client.post("/v1/documents/search", json={"query": query} | fields)
+    response = client.post("/v1/search", json={"query": query} | fields)
     assert response.status_code == 200, response.text
     return FoundPassages.model_validate(response.json())
 
@@ -299,8 +299,8 @@ def test_search_finds_what_chats_retrieve(alice: httpx.Client, bob: httpx.Client
     for nothing, why in ((search(bob, "What?"), "add some first"), (search(alice, "What?", filter={"n": 99}), "widen")):
         assert not nothing.data
         assert why in nothing.notes[0]
-    assert refusal(alice.post("/v1/documents/search", json={"query": "What?", "k": 0}))["param"] == "k"
-    assert refusal(alice.post("/v1/documents/search", json={"k": 1}))["param"] == "query"
+    assert refusal(alice.post("/v1/search", json={"query": "What?", "k": 0}))["param"] == "k"
+    assert refusal(alice.post("/v1/search", json={"k": 1}))["param"] == "query"
 
 
 def test_the_plugins_client_has_a_key(alice: httpx.Client, tenants: ServerProcess) -> None:
