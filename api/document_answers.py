@@ -70,7 +70,7 @@ class FoundPassage(Answer):
 
 
 class FoundPassages(Answer):
-    """POST /v1/documents/search. The best first; `notes` say why there are none."""
+    """POST /v1/search. The best first; `notes` say why there are none."""
 
     object: Literal["list"]
     data: list[FoundPassage]

@@ -1,4 +1,4 @@
-"""The routes under /v1/documents: texts that chat completions can retrieve.
+"""The routes under /v1/documents, and /v1/search: texts that chat completions can retrieve.
 
 Invariant: a tenant sees and changes its own documents only. When a deletion or an update is answered, nothing that was
 computed from the old content is left. The event loop never waits for the engine or the catalogue.
@@ -49,7 +49,8 @@ class DocumentRoutes:
         app.post("/v1/documents", **documented(answers.ChangedDocuments))(self.add)
         app.get("/v1/documents", **documented(answers.DocumentList))(self.list)
         app.delete("/v1/documents", **documented(answers.DeletedDocuments))(self.delete_several)
-        app.post("/v1/documents/search", **documented(answers.FoundPassages))(self.search)
+        # Not under /v1/documents, where it would be a document of that name too.
+        app.post("/v1/search", **documented(answers.FoundPassages))(self.search)
         app.get("/v1/documents/{document_id:path}", **documented(answers.DocumentAnswer))(self.get)
         app.put("/v1/documents/{document_id:path}", **documented(answers.ChangedDocument))(self.put)
         app.delete("/v1/documents/{document_id:path}", **documented(answers.DeletedDocument))(self.delete)

@@ -73,7 +73,7 @@ class DeleteQuery(BaseModel):
 
 
 class SearchDocuments(RequestModel):
-    """POST /v1/documents/search."""
+    """POST /v1/search."""
 
     model_config = with_examples({"query": "What is the code of Velmora?", "k": 2})
 

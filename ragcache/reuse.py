@@ -114,7 +114,7 @@ class Reuse:
                 _add(counts, start, stop, usage, self._cache.chunk_tokens)
             # The marks of what was moved follow those of what stands in the prompt, in the same order.
             names = [_name(prepared.space, passage) for passage, _ in known] * 2
-            for name, (_, mark), place in zip(names, prepared.marks, places, strict=False):
+            for name, (_, mark), place in zip(names, prepared.all_marks, places, strict=False):
                 self._places[name, mark] = place
                 self._places.move_to_end((name, mark))
             while len(self._places) > MAX_PLACES:

@@ -70,6 +70,19 @@ def test_the_rule_can_be_broken() -> None:
     assert not violations("api", "from stemcache.engine.engine import Engine")
 
 
+def test_plugins_are_imported_by_nobody() -> None:
+    """They need frameworks that others do not; and each stands without the others' frameworks."""
+    plugins = "stemcache.ragcache.plugins"
+    for package in ALLOWED:
+        for path in (ROOT / package).rglob("*.py"):
+            used = {name for name in imported_modules(path.read_text()) if name.startswith(plugins)}
+            if (ROOT / "ragcache" / "plugins") not in path.parents:
+                assert not used, path.relative_to(ROOT)
+            else:
+                frameworks = {name.split(".")[3] for name in used} & {"langchain", "llamaindex", "haystack"}
+                assert frameworks <= {path.parent.name}, path.relative_to(ROOT)
+
+
 @pytest.mark.parametrize("name", TORCH_FREE)
 def test_the_trees_bookkeeping_is_free_of_torch(name: str) -> None:
     imports = imported_modules((ROOT / "prefixtree" / name).read_text())

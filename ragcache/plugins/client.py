@@ -49,7 +49,7 @@ class FoundPassage:
 
 
 class DocumentsClient:
-    """The routes under /v1/documents. Methods raise DocumentServerError.
+    """The routes under /v1/documents, and /v1/search. Methods raise DocumentServerError.
 
     base_url: of the server, as OpenAI clients take it. timeout: in seconds, of each request; texts that are added are
     embedded meanwhile.
@@ -108,7 +108,7 @@ class DocumentsClient:
 
     def search(self, query: str, k: int, where: Filter | None = None) -> list[FoundPassage]:
         """Up to `k` passages, the nearest first; none from a server without documents."""
-        found = self._ask("POST", "documents/search", query=query, k=k, filter=where and dict(where))["data"]
+        found = self._ask("POST", "search", query=query, k=k, filter=where and dict(where))["data"]
         names = ("passage", "title", "text", "metadata", "score")
         return [FoundPassage(each["id"], *(each[name] for name in names)) for each in found]
 

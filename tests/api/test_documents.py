@@ -33,6 +33,8 @@ from stemcache.engine.demo.facts import SYSTEM_PROMPT, random_corpus
 from stemcache.engine.engine import Engine
 from stemcache.prefixtree.errors import StemcacheError
 from stemcache.ragcache.context_cache import ContextCache
+from stemcache.ragcache.errors import DocumentServerError
+from stemcache.ragcache.plugins.client import DocumentsClient
 
 ALICE, BOB = "alice-" + "a" * 32, "bob-" + "b" * 32
 FACTS = random_corpus(Random(77), 12)
@@ -348,7 +350,7 @@ def test_metadata_is_what_it_was(alice: httpx.Client) -> None:
 
 
 def search(client: httpx.Client, query: str, **fields: Any) -> FoundPassages:
-    response = client.post("/v1/documents/search", json={"query": query} | fields)
+    response = client.post("/v1/search", json={"query": query} | fields)
     assert response.status_code == 200, response.text
     return FoundPassages.model_validate(response.json())
 
@@ -370,8 +372,16 @@ def test_search_finds_what_chats_retrieve(alice: httpx.Client, bob: httpx.Client
     for nothing, why in ((search(bob, "What?"), "add some first"), (search(alice, "What?", filter={"n": 99}), "widen")):
         assert not nothing.data
         assert why in nothing.notes[0]
-    assert refusal(alice.post("/v1/documents/search", json={"query": "What?", "k": 0}))["param"] == "k"
-    assert refusal(alice.post("/v1/documents/search", json={"k": 1}))["param"] == "query"
+    assert refusal(alice.post("/v1/search", json={"query": "What?", "k": 0}))["param"] == "k"
+    assert refusal(alice.post("/v1/search", json={"k": 1}))["param"] == "query"
+
+
+def test_the_plugins_client_has_a_key(alice: httpx.Client, tenants: ServerProcess) -> None:
+    add(alice, DOCUMENTS[:3])
+    assert [DocumentsClient(tenants.url, key).count() for key in (ALICE, BOB)] == [3, 0]
+    with pytest.raises(DocumentServerError, match="the server refuses") as refused:
+        DocumentsClient(tenants.url).count()
+    assert refused.value.code == "invalid_api_key"
 
 
 def test_a_list_has_texts_if_asked(alice: httpx.Client) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -116,6 +117,25 @@ def run_from_page(server: ServerProcess, tmp_path: Path) -> Callable[..., str]:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    return run
+
+
+def migration(page: str) -> str:
+    """What a page of docs/ shows to put in place of what the reader has: one or two lines."""
+    [lines] = re.findall(r"```diff\n(.*?)```", PAGE.with_name(f"{page}.md").read_text(), re.DOTALL)
+    added = [line[1:] for line in lines.splitlines() if line.startswith("+")]
+    assert len(added) <= 2
+    return "\n".join(added)
+
+
+@pytest.fixture
+def migrated() -> Callable[..., dict[str, Any]]:
+    """Runs a page's lines of migration among the given names; returns the names that there are then."""
+
+    def run(page: str, **names: Any) -> dict[str, Any]:
+        exec(migration(page), names)
+        return names
 
     return run
 

@@ -24,6 +24,7 @@ from langchain_core.documents import Document
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import Runnable
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 
@@ -82,6 +83,11 @@ def expected(engine: Engine) -> Callable[[str, list[Document]], str]:
 
 def test_the_page(run_page: Callable[[str], str]) -> None:
     assert "7392" in run_page("langchain")
+
+
+def test_the_migration(migrated: Callable[..., dict[str, Any]]) -> None:
+    names = {each.__name__: each for each in (ChatPromptTemplate, ChatStemcache, create_documents_chain)}
+    assert isinstance(migrated("langchain", **names)["chain"], Runnable)
 
 
 def test_answers_are_the_engines(

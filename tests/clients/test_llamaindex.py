@@ -72,6 +72,11 @@ def test_the_page(run_page: Callable[[str], str]) -> None:
     assert "7392" in run_page("llamaindex")
 
 
+def test_the_migration(migrated: Callable[..., dict[str, Any]]) -> None:
+    names = {each.__name__: each for each in (Stemcache, DocumentSynthesizer, RetrieverQueryEngine)}
+    assert isinstance(migrated("llamaindex", retriever=StemcacheRetriever(), **names)["engine"], RetrieverQueryEngine)
+
+
 def test_answers_are_the_engines(
     llm: Stemcache, documents: list[dict[str, str]], question: str, expected: Callable[..., str]
 ) -> None:
@@ -138,7 +143,8 @@ def test_the_synthesizer_keeps_documents_apart(
     assert str(cold) == text
     assert cold.source_nodes[0].node.ref_doc_id == corpus[1].title
     warm = engine.query(corpus[1].facts[1].question)
-    assert warm.metadata["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
+    cached = [each.metadata["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (cold, warm)]
+    assert cached[0] < cached[1]
     assert str(asyncio.run(engine.aquery(question))) == text
 
     streaming = DocumentSynthesizer(llm, system_prompt=SYSTEM_PROMPT, streaming=True)
