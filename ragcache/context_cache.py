@@ -87,16 +87,16 @@ class ContextCache:
         catalogue = Catalogue(None if place is None else place / "documents.sqlite", clock=clock)
         try:
             self._library = Library(catalogue, embedder, splitter, index, place)
-            self._documents = DocumentStore(engine.cache, self._library, clock=clock)
+            self._preparation = Preparation(engine, self._library)
+            self._reuse = Reuse(engine.cache)
+            self._documents = DocumentStore(engine.cache, self._library, clock=clock, removed=self._removed)
         except BaseException:
             catalogue.close()
             raise
         self._catalogue = catalogue
-        self._preparation = Preparation(engine, self._library)
         self._speculates = speculate
         self._speculation = Speculation(engine, self._library, self.submitted)
         self._warming = Warming(self._preparation, self._documents)
-        self._reuse = Reuse(engine.cache)
         self.blending = Blending(engine, self._documents)
 
     # -- documents -----------------------------------------------------------------------------------------------------
@@ -129,7 +129,6 @@ class ContextCache:
     def delete(self, document_id: str, *, space: Space = DEFAULT) -> int:
         """Delete a document and all that was computed from it; returns the number of chunks. Raises DocumentError."""
         self._warming.forget(document_id, space)  # the engine's pins end with the chunks
-        self._reuse.forget(space.owner, document_id)
         return self._documents.delete(space.owner, document_id)
 
     def get(self, document_id: str, *, space: Space = DEFAULT) -> Record:
@@ -336,6 +335,11 @@ class ContextCache:
         self.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _removed(self, owner: str, document_id: str, keys: Sequence[int]) -> None:
+        """Prompts are remembered here and there, and these hold the text."""
+        self._preparation.paths.forget(keys)
+        self._reuse.forget(owner, document_id)
 
     def _put(self, space: Space, document: Document) -> Change:
         change = self._documents.put(space.owner, document)

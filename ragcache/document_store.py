@@ -35,14 +35,25 @@ _RETRY_SECONDS: Final = 5.0
 
 
 class DocumentStore:
-    """Changes of documents, and what they mean for the cache. From any thread."""
+    """Changes of documents, and what they mean for the cache. From any thread.
 
-    def __init__(self, cache: Cache, library: Library, *, clock: Callable[[], float] = time.time) -> None:
+    removed: is told of content that is no more, before what was computed from it goes: owner, document, its passages.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        library: Library,
+        *,
+        clock: Callable[[], float] = time.time,
+        removed: Callable[[str, str, Sequence[int]], None] = lambda owner, document_id, keys: None,
+    ) -> None:
         self._cache = cache
         self._library = library
         self._catalogue: Catalogue = library.catalogue
         self._trail = library.catalogue.trail
         self._clock = clock
+        self._removed = removed
         self._lock = threading.Lock()
         self._epoch = 0
         self._noted = 0
@@ -60,12 +71,12 @@ class DocumentStore:
         Raises EmbedderError, CatalogueError, EngineClosedError, TierError.
         """
         stored = self._library.put(owner, document)
-        return Change(stored.record, stored.status, self._changed() if stored.removed else 0)
+        gone = self._changed(owner, document.id, stored.removed) if stored.removed else 0
+        return Change(stored.record, stored.status, gone)
 
     def delete(self, owner: str, document_id: str) -> int:
         """Delete a document; returns how many chunks went with it. Raises DocumentNotFoundError and as `put`."""
-        self._library.delete(owner, document_id)
-        return self._changed()
+        return self._changed(owner, document_id, self._library.delete(owner, document_id))
 
     def expire(self) -> None:
         """Delete the documents whose time is over, and what a tier that did not answer still owes."""
@@ -115,9 +126,10 @@ class DocumentStore:
         held = self._cache.held(footprints)
         self._trail.drop_footprints([each for each in footprints if each not in held], settled)
 
-    def _changed(self) -> int:
+    def _changed(self, owner: str, document_id: str, keys: Sequence[int]) -> int:
         with self._lock:
             self._epoch += 1
+        self._removed(owner, document_id, keys)
         try:
             return self.clean()
         except TierError as error:

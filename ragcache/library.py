@@ -64,11 +64,13 @@ class Library:
                     index.add(stored.added, vectors)
         return stored
 
-    def delete(self, owner: str, document_id: str) -> None:
-        """Raises DocumentNotFoundError, CatalogueError."""
+    def delete(self, owner: str, document_id: str) -> list[int]:
+        """Returns the keys of its passages. Raises DocumentNotFoundError, CatalogueError."""
         with self._writing, self._lock:
             index = self._index(owner)
-            index.remove(self.catalogue.delete(owner, document_id))
+            removed = self.catalogue.delete(owner, document_id)
+            index.remove(removed)
+        return removed
 
     def search(self, owner: str, question: str, k: int, where: Filter | None = None) -> list[Retrieved]:
         """Up to `k` passages, the nearest first. Raises EmbedderError."""

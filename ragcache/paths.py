@@ -1,7 +1,7 @@
 """Paths: in which orders documents were put into prompts lately, so that the order of the next prompt can follow one.
 
 Invariant: a path only says that a prompt began so; how much of it is cached is asked of the cache itself, each time.
-Bounded: the path that was not used for the longest time goes.
+Bounded: the path that was not used for the longest time goes. Of a document that was deleted no token is kept.
 """
 
 from __future__ import annotations
@@ -42,6 +42,17 @@ class Paths:
             while len(self._tokens) > self._limit:
                 (gone, walked), _ = self._tokens.popitem(last=False)
                 self._unlink(gone, walked)
+
+    def forget(self, keys: Iterable[int]) -> None:
+        """These documents are no more: nor is any prompt remembered that holds one. O(paths)."""
+        gone = set(keys)
+        with self._lock:
+            prompts = {id(tokens) for (_, path), (tokens, _) in self._tokens.items() if not gone.isdisjoint(path)}
+            for space, path in [each for each, (tokens, _) in self._tokens.items() if id(tokens) in prompts]:
+                del self._tokens[space, path]
+                self._unlink(space, path)
+            for key in gone:
+                del self._asked[key]
 
     def count(self, keys: Iterable[int]) -> None:
         """These documents were asked for."""

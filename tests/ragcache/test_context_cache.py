@@ -25,6 +25,13 @@ def corpus(seed, n):
     return facts, [Document(id=f.title, title=f.title, text=f.text, metadata={"n": i}) for i, f in enumerate(facts)]
 
 
+def remembered_texts(cache):
+    """The prompts that are kept beside the engine's cache: for orders and for statistics."""
+    prompts = [tokens for tokens, _ in cache._preparation.paths._tokens.values()]
+    prompts += [place.prompt for place in cache._reuse._places.values()]
+    return [cache.engine.decode(list(tokens), skip_special_tokens=False) for tokens in prompts]
+
+
 def cached_texts(engine):
     """What the chunks of each cached path say, of all tenants."""
     tree = engine._loop.store._ledger.tree
@@ -136,8 +143,10 @@ def test_a_deleted_document_is_gone_everywhere(engine, cache_of):
     for fact_document in facts[:4]:
         name = fact_document.title
         assert any(name in text for text in cached_texts(engine))
+        assert any(name in text for text in remembered_texts(cache))
         assert cache.delete(name) > 0
         assert not any(name in text for text in cached_texts(engine))
+        assert not any(name in text for text in remembered_texts(cache))
         assert all(s.document_id != name for s in cache.ask(fact_document.facts[0].question, params=BRIEF).sources)
         with pytest.raises(DocumentNotFoundError, match="never added"):
             cache.get(name)
@@ -154,6 +163,7 @@ def test_an_updated_document_answers_anew(engine, cache_of):
     )
     assert (change.status, change.record.version) == ("updated", 2)
     assert change.forgotten_chunks > 0
+    assert not any(other.sentence in text for text in remembered_texts(cache))
     assert not any(other.sentence in text for text in cached_texts(engine))
     answer = cache.ask(fact.question, params=SHORT)
     assert answer.sources[0].text.endswith("Nothing else is known.")
