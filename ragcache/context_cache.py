@@ -339,7 +339,7 @@ class ContextCache:
     def _removed(self, owner: str, document_id: str, keys: Sequence[int]) -> None:
         """Prompts are remembered here and there, and these hold the text."""
         self._preparation.paths.forget(keys)
-        self._reuse.forget(owner, document_id)
+        self._reuse.forget(owner, document_id, is_deleted=self._library.catalogue.find(owner, document_id) is None)
 
     def _put(self, space: Space, document: Document) -> Change:
         change = self._documents.put(space.owner, document)

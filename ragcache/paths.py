@@ -11,12 +11,23 @@ import threading
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 MAX_PATHS: Final = 4096
 _HALVE_AT: Final = 10_000
 
 Keys = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Prompt:
+    """The tokens up to the end of the last document, and which documents these are."""
+
+    tokens: array[int]
+    keys: frozenset[int]
+
+
 CachedOf = Callable[[Sequence[Sequence[int]]], list[int]]
 
 
@@ -26,13 +37,13 @@ class Paths:
     def __init__(self, limit: int = MAX_PATHS) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._tokens: OrderedDict[tuple[bytes, Keys], tuple[array[int], int]] = OrderedDict()
+        self._tokens: OrderedDict[tuple[bytes, Keys], tuple[_Prompt, int]] = OrderedDict()
         self._next: dict[tuple[bytes, Keys], set[int]] = {}
         self._asked: Counter[int] = Counter()
 
     def remember(self, space: bytes, tokens: Sequence[int], keys: Sequence[int], stops: Sequence[int]) -> None:
         """A prompt was made with these documents, each of which ends at one of `stops`."""
-        shared = array("I", tokens[: stops[-1]] if stops else [])
+        shared = _Prompt(array("I", tokens[: stops[-1]] if stops else []), frozenset(keys))
         with self._lock:
             for n, stop in enumerate(stops, start=1):
                 path = (space, tuple(keys[:n]))
@@ -47,8 +58,7 @@ class Paths:
         """These documents are no more: nor is any prompt remembered that holds one. O(paths)."""
         gone = set(keys)
         with self._lock:
-            prompts = {id(tokens) for (_, path), (tokens, _) in self._tokens.items() if not gone.isdisjoint(path)}
-            for space, path in [each for each, (tokens, _) in self._tokens.items() if id(tokens) in prompts]:
+            for space, path in [each for each, (prompt, _) in self._tokens.items() if not gone.isdisjoint(prompt.keys)]:
                 del self._tokens[space, path]
                 self._unlink(space, path)
             for key in gone:
@@ -76,7 +86,7 @@ class Paths:
                 longer = [(*walked, key) for key in going if (space, (*walked, key)) in self._tokens]
                 found += longer
                 walks += longer
-            prompts = [list(tokens[:stop]) for tokens, stop in (self._tokens[space, path] for path in found)]
+            prompts = [list(prompt.tokens[:stop]) for prompt, stop in (self._tokens[space, path] for path in found)]
         cached = cached_of([list(head), *prompts])
         return dict(zip([(), *found], cached, strict=True))
 

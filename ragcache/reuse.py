@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Final
@@ -72,9 +72,10 @@ class _Counts:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The tokens [start, stop) of a prompt: where a passage was read."""
+    """The tokens [start, stop) of a prompt: where a passage was read. `holds`: the documents of the whole prompt."""
 
     prompt: array[int]
+    holds: frozenset[str]
     start: int
     stop: int
 
@@ -123,13 +124,15 @@ class Reuse:
     def _places_of(self, prepared: Prepared, spans: Sequence[tuple[int, int]]) -> list[_Place]:
         """Where its passages were read: in the prompt, and alone where they may be moved from there."""
         prompt = array("I", prepared.tokens[: spans[-1][1]] if spans else [])
-        places = [_Place(prompt, start, stop) for start, stop in spans]
+        holds = frozenset(each.passage.document_id for each in prepared.retrieved)
+        places = [_Place(prompt, holds, start, stop) for start, stop in spans]
         blend = prepared.blend
         if blend is not None:
             for each, (start, stop) in zip(prepared.retrieved, blend.passages, strict=True):
                 if each.passage.key > 0:
                     alone = array("I", blend.alone(prepared.tokens, (start, stop), self._cache.chunk_tokens))
-                    places.append(_Place(alone, blend.head, blend.head + stop - start))
+                    only = frozenset([each.passage.document_id])
+                    places.append(_Place(alone, only, blend.head, blend.head + stop - start))
         return places
 
     def of(self, space: Space, limit: int) -> list[DocumentReuse]:
@@ -155,31 +158,28 @@ class Reuse:
             for name, counts in found.items()
         ]
 
-    def forget(self, owner: str, document_id: str) -> None:
-        """The document is deleted."""
+    def forget(self, owner: str, document_id: str, *, is_deleted: bool) -> None:
+        """The document's content is no more; without `is_deleted` it has another now, and its counts go on."""
         with self._lock:
-            for name in [each for each in self._counts if (each[0], each[2]) == (owner, document_id)]:
-                self._forget(name)
+            if is_deleted:
+                for name in [each for each in self._counts if (each[0], each[2]) == (owner, document_id)]:
+                    del self._counts[name]
+            # Every prompt that holds its tokens: they were to be forgotten.
+            self._drop_places(lambda at, place: at[0] == owner and document_id in place.holds)
 
     def _counts_of(self, name: Name, passage: Passage) -> _Counts:
         counts = self._counts.setdefault(name, _Counts())
         self._counts.move_to_end(name)
         if len(self._counts) > MAX_DOCUMENTS:
-            self._forget(next(iter(self._counts)))
+            oldest, _ = self._counts.popitem(last=False)
+            self._drop_places(lambda at, place: at == oldest)
         counts.title = passage.title
         if counts.version != passage.version:  # nothing of its earlier content is cached any more
             counts.version, counts.sizes = passage.version, {}
-            self._drop_places(name)
         return counts
 
-    def _forget(self, name: Name) -> None:
-        del self._counts[name]
-        self._drop_places(name)
-
-    def _drop_places(self, name: Name) -> None:
-        """Where it was read, and with it every prompt that holds its tokens: they were to be forgotten."""
-        prompts = {id(place.prompt) for (each, _), place in self._places.items() if each == name}
-        for key in [key for key, place in self._places.items() if id(place.prompt) in prompts]:
+    def _drop_places(self, match: Callable[[Name, _Place], bool]) -> None:
+        for key in [key for key, place in self._places.items() if match(key[0], place)]:
             del self._places[key]
 
     def _cached(self, places: list[tuple[Name, _Place]], space: Space) -> defaultdict[Name, int]:
