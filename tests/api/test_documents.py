@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -378,10 +378,13 @@ def test_search_finds_what_chats_retrieve(alice: httpx.Client, bob: httpx.Client
 
 def test_the_plugins_client_has_a_key(alice: httpx.Client, tenants: ServerProcess) -> None:
     add(alice, DOCUMENTS[:3])
-    assert [DocumentsClient(tenants.url, key).count() for key in (ALICE, BOB)] == [3, 0]
-    with pytest.raises(DocumentServerError, match="the server refuses") as refused:
-        DocumentsClient(tenants.url).count()
-    assert refused.value.code == "invalid_api_key"
+    for key, count in ((ALICE, 3), (BOB, 0)):
+        with closing(DocumentsClient(tenants.url, key)) as client:
+            assert client.count() == count
+    with closing(DocumentsClient(tenants.url)) as client:
+        with pytest.raises(DocumentServerError, match="the server refuses") as refused:
+            client.count()
+        assert refused.value.code == "invalid_api_key"
 
 
 def test_a_list_has_texts_if_asked(alice: httpx.Client) -> None:

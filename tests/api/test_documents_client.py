@@ -64,7 +64,7 @@ def test_refusals_and_silence(documents: DocumentsClient, server: ServerProcess)
     with pytest.raises(DocumentServerError, match="the document's text is empty"):
         documents.add([{"text": " "}])
     with pytest.raises(DocumentServerError, match="stemcache serve"):
-        DocumentsClient("http://127.0.0.1:9").count()
+        DocumentsClient("http://127.0.0.1:9").count()  # which leaves no connection open
 
 
 def test_a_server_of_another_kind() -> None:
