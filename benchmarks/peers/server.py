@@ -41,7 +41,7 @@ class Server:
         self._folder = tempfile.TemporaryDirectory(prefix="stemcache-peer-")
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout: float = 300) -> float:
+    def start(self, timeout: float = 900) -> float:
         """Start it and wait until it is ready; returns the seconds that took. Raises ServerError."""
         begin = time.monotonic()
         self._process = subprocess.Popen(

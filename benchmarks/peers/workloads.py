@@ -26,14 +26,14 @@ class Sizes:
 
     system: int = 2048
     private: int = 32
-    words: int = 16
-    asks: int = 4
+    words: int = 8
+    asks: int = 3
     at_once: tuple[int, ...] = (1, 8, 32)
     documents: int = 24
     document: int = 256
     retrieved: int = 4
-    questions: int = 12
-    conversations: int = 4
+    questions: int = 8
+    conversations: int = 3
     turns: int = 4
     alone: int = 512
     samples: int = 8
@@ -109,9 +109,8 @@ async def samples(client: Client, server: Server, rng: random.Random, sizes: Siz
 
 async def no_sharing(client: Client, server: Server, rng: random.Random, sizes: Sizes) -> Figures:
     """Prompts that have nothing in common."""
-    first = await client.ask(text_of(rng, sizes.alone), sizes.words)
-    seconds = [first.end - first.first]
-    figures = {"TTFT": [first.ttft], "tokens/s, decoding 1": [(sizes.words - 1) / seconds[0]]}
+    one = await client.burst([text_of(rng, sizes.alone)], sizes.words)
+    figures = {"TTFT": [one.last_first_token], "tokens/s, 1 at once": [one.tokens_per_second]}
     many = sizes.at_once[min(1, len(sizes.at_once) - 1)]
     burst = await client.burst([text_of(rng, sizes.alone) for _ in range(many)], sizes.words)
     return figures | {f"tokens/s, {many} at once": [burst.tokens_per_second]}
@@ -129,7 +128,7 @@ async def restart(client: Client, server: Server, rng: random.Random, sizes: Siz
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`run` gives the figures of one round. `once`: it is too slow to be run in every round."""
+    """`run` gives the figures of one round. `once`: in the last round only, as it is slow."""
 
     name: str
     run: Callable[[Client, Server, random.Random, Sizes], Awaitable[Figures]]
