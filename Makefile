@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers docs test-page test-stack stack-local
+.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -83,9 +83,16 @@ soak-tiers: $(READY)  ## ten minutes of questions while the Redis server behind 
 	@$(BIN)/python benchmarks/soak_tiers.py
 
 bench: $(READY)  ## run all benchmarks; results go to benchmarks/results/
-	@for name in attention tree ttft decode answers codecs tiers policies queue_order retrieval blend; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for name in attention tree ttft decode answers codecs tiers policies queue_order retrieval blend growth; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	@for kind in demo long search; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_timing.py $$kind || exit 1; done
 	@$(BIN)/python benchmarks/rag_hits.py && $(BIN)/python benchmarks/rag_chart.py
+
+peers-install: $(READY)  ## install the servers that we are compared with (llama.cpp, vLLM) into .peers/
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[peers]"
+	@cd benchmarks && $(abspath $(BIN))/python -m peers.install
+
+peers: $(READY)  ## compare with those that are installed (an hour on two cores)
+	@cd benchmarks && $(abspath $(BIN))/python -m peers
 
 kernel-gate: $(READY)  ## compile every GPU kernel configuration for sm_80, sm_90 and sm_100 (no GPU needed)
 	@$(BIN)/python -m stemcache.kernels.triton_compile
