@@ -163,16 +163,16 @@ def served(kind: str, corpus: Corpus, pool: float, configurations: Sequence[Conf
 @contextmanager
 def uncomputed(engine: Engine) -> Iterator[None]:
     """Steps enter their chunks, whose keys and values are then anything; and nothing is learned of their times."""
-    run, learn = engine._runner.run, engine._loop._learn
+    run, observe = engine._runner.run, engine.cost.observe
 
     def skip(step: Any) -> torch.Tensor:
         return torch.zeros(sum(len(entry.logits) for entry in step), engine.vocab_size)
 
-    engine._runner.run, engine._loop._learn = skip, lambda *_: None  # type: ignore[method-assign]
+    engine._runner.run, engine.cost.observe = skip, lambda *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine._runner.run, engine._loop._learn = run, learn  # type: ignore[method-assign]
+        engine._runner.run, engine.cost.observe = run, observe  # type: ignore[method-assign]
 
 
 def warm_up(everyone: Sequence[Served], asked: Sequence[Fact], params: SamplingParams, *, computed: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import re
 import shlex
@@ -53,6 +54,7 @@ def test_programs_run_as_they_stand(name: str, url: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", [name])
     with contextlib.redirect_stdout(printed):  # in this process: importing torch anew takes longer than most of them
         exec(compile(code, name, "exec", dont_inherit=True), {"__name__": "__main__"})
+    gc.collect()  # pools of engines, which programs make as large as readers would
     assert re.search(r"\d", printed.getvalue()), "it printed no figure"
 
 
