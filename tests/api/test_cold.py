@@ -41,17 +41,20 @@ def test_a_server_is_warm_after_its_restart(tmp_path: Path, capsys: pytest.Captu
         server.wait_until_ready()
         ask(server.url)  # the first load of a busy machine may come too late; what came is there
         assert ask(server.url) >= 512
-        metrics = httpx.get(f"{server.url}/metrics", trust_env=False).text
+        metrics = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=60).text
         assert value(metrics, 'stemcache_tier_up{tier="disk"}') == 1
         assert value(metrics, 'stemcache_tier_objects{tier="disk"}') == 3
         assert value(metrics, 'stemcache_tier_load_seconds_count{tier="disk"}') == value(
             metrics, 'stemcache_tier_hits_total{tier="disk"}'
         )
-        tiers = httpx.get(f"{server.url}/v1/cache/stats", trust_env=False).json()["tiers"]
+        tiers = httpx.get(f"{server.url}/v1/cache/stats", trust_env=False, timeout=60).json()["tiers"]
         assert list(tiers) == ["device", "host", "disk"]
         assert tiers["disk"]["objects"] == 3
-        assert httpx.post(f"{server.url}/v1/cache/clear", trust_env=False).is_success
-        assert httpx.get(f"{server.url}/v1/cache/stats", trust_env=False).json()["tiers"]["disk"]["objects"] == 0
+        assert httpx.post(f"{server.url}/v1/cache/clear", trust_env=False, timeout=60).is_success
+        assert (
+            httpx.get(f"{server.url}/v1/cache/stats", trust_env=False, timeout=60).json()["tiers"]["disk"]["objects"]
+            == 0
+        )
         ask(server.url)
         assert server.stop() == 0
 
@@ -83,7 +86,7 @@ def test_a_tier_that_is_not_there_is_told_when_it_should_forget() -> None:
     with ServerProcess("--cold", f"redis://127.0.0.1:{free_port()}", "--pool-bytes", "64MiB") as server:
         server.wait_until_ready()
         assert ask(server.url) == 0
-        answer = httpx.post(f"{server.url}/v1/cache/clear", trust_env=False)
+        answer = httpx.post(f"{server.url}/v1/cache/clear", trust_env=False, timeout=60)
         assert answer.status_code == 503
         error = answer.json()["error"]
         assert error["code"] == "tier_failed"

@@ -38,7 +38,7 @@ def assert_frees_its_slots(http: httpx.Client) -> None:
 
 def test_a_client_that_leaves_its_stream_frees_the_request(http: httpx.Client, server: ServerProcess) -> None:
     with (
-        httpx.Client(base_url=server.url, trust_env=False) as leaver,
+        httpx.Client(base_url=server.url, trust_env=False, timeout=60) as leaver,
         leaver.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 4}) as response,
     ):
         lines = response.iter_lines()  # kept: httpx closes the connection with the iterator

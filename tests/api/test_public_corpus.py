@@ -88,7 +88,9 @@ def test_two_keys_find_it_at_once(file: Path, tmp_path: Path, corpus: list[FactD
     with ServerProcess("--api-keys", str(keys), "--public-corpus", str(file), "--pool-bytes", "64MiB") as server:
         server.wait_until_ready()
         for key in KEYS.values():
-            with httpx.Client(base_url=server.url, trust_env=False, headers={"Authorization": f"Bearer {key}"}) as http:
+            with httpx.Client(
+                base_url=server.url, trust_env=False, timeout=60, headers={"Authorization": f"Bearer {key}"}
+            ) as http:
                 body = body_of(corpus, question)
                 told = http.post("/v1/cache/explain", json=body).json()
                 assert told["ranges"][0]["reason"] == "public"

@@ -36,7 +36,7 @@ def test_a_server_with_keys_finishes_what_runs_and_logs_no_text(keys: Path) -> N
                 lines = (line for line in response.iter_lines() if line)
                 received = [next(lines)]
                 process.signal(signal.SIGTERM)
-                while (late := httpx.get(f"{process.url}/health", trust_env=False)).is_success:
+                while (late := httpx.get(f"{process.url}/health", trust_env=False, timeout=60)).is_success:
                     pass  # the signal is on its way
                 received += lines
         assert late.status_code == 503

@@ -139,13 +139,15 @@ def test_prometheus_reads_the_endpoint(stack: Stack, endpoint: httpx.Client) -> 
     with stack.run("prometheus")():
         deadline = time.monotonic() + 60
         while True:
-            targets = httpx.get(f"{base}/targets", trust_env=False).json()["data"]["activeTargets"]
+            targets = httpx.get(f"{base}/targets", trust_env=False, timeout=60).json()["data"]["activeTargets"]
             if targets and targets[0]["health"] != "unknown":
                 break
             assert time.monotonic() < deadline, "it was never asked"
             time.sleep(0.2)
         assert (targets[0]["health"], targets[0]["lastError"]) == ("up", "")
-        found = httpx.get(f"{base}/query", params={"query": "stemcache_prompt_tokens_total"}, trust_env=False).json()
+        found = httpx.get(
+            f"{base}/query", params={"query": "stemcache_prompt_tokens_total"}, trust_env=False, timeout=60
+        ).json()
         assert float(found["data"]["result"][0]["value"][1]) > 100
 
 
@@ -161,10 +163,10 @@ def test_make_stack_local_starts_and_ends(tmp_path: Path) -> None:
             lines.append(line)
             if "stemcache listens" in line:
                 break
-        health = httpx.get(f"http://127.0.0.1:{ports['endpoint']}/health", trust_env=False)
+        health = httpx.get(f"http://127.0.0.1:{ports['endpoint']}/health", trust_env=False, timeout=60)
         assert health.json()["status"] == "ok", lines
         process.terminate()
         assert process.wait(60) == 0
     for port in ports.values():
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"http://127.0.0.1:{port}", trust_env=False)
+            httpx.get(f"http://127.0.0.1:{port}", trust_env=False, timeout=60)
