@@ -65,7 +65,7 @@ def expected(engine: Engine) -> Callable[..., str]:
 
 
 def texts(nodes: list[NodeWithScore]) -> list[dict[str, str]]:
-    return [{"title": each.node.metadata["title"], "text": each.node.text} for each in nodes]
+    return [{"title": each.node.metadata.get("title", ""), "text": each.node.text} for each in nodes]
 
 
 def test_the_page(run_page: Callable[[str], str]) -> None:
