@@ -45,6 +45,8 @@ def programs() -> dict[str, str]:
     return found | {path.name: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}
 
 
+# Short programs leave their connections to the end of the process, which here comes later.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", programs())
 def test_programs_run_as_they_stand(name: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the places that are the reader's own are filled in: the server's address, the model's name and folder."""
@@ -54,7 +56,7 @@ def test_programs_run_as_they_stand(name: str, url: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", [name])
     with contextlib.redirect_stdout(printed):  # in this process: importing torch anew takes longer than most of them
         exec(compile(code, name, "exec", dont_inherit=True), {"__name__": "__main__"})
-    gc.collect()  # pools of engines, which programs make as large as readers would
+    gc.collect()  # connections, while it is allowed, and pools of engines, which are as large as readers would make them
     assert re.search(r"\d", printed.getvalue()), "it printed no figure"
 
 
