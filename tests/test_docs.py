@@ -56,7 +56,7 @@ def test_programs_run_as_they_stand(name: str, url: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", [name])
     with contextlib.redirect_stdout(printed):  # in this process: importing torch anew takes longer than most of them
         exec(compile(code, name, "exec", dont_inherit=True), {"__name__": "__main__"})
-    gc.collect()  # connections, while it is allowed, and pools of engines, which are as large as readers would make them
+    gc.collect()  # connections, and pools of engines, which are as large as a reader's
     assert re.search(r"\d", printed.getvalue()), "it printed no figure"
 
 
