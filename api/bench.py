@@ -25,8 +25,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from stemcache.api.bench_chart import chart
-from stemcache.api.cache_client import ask_server, base_of, key_headers
+from stemcache.api.cache_client import ask_server, key_headers
 from stemcache.prefixtree.errors import StemcacheError
+from stemcache.ragcache.server_answer import base_of
 
 _SYLLABLES: Final = ("ba", "den", "fi", "gor", "hul", "ka", "lem", "mo", "nar", "pel", "ri", "sut", "ta", "vor", "wen")
 

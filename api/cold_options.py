@@ -7,7 +7,7 @@ import hmac
 import logging
 from typing import TYPE_CHECKING, Final
 
-from stemcache.api.sizes import parse_size
+from stemcache.api.cli_options import size
 
 if TYPE_CHECKING:
     from stemcache.api.settings import Settings
@@ -32,10 +32,10 @@ def add_cold_options(parser: argparse.ArgumentParser) -> None:
         "unix://, redis+cluster:// or redis+sentinel:// (default: off)",
     )
     parser.add_argument(
-        "--host-bytes", type=_size, default="0", help="host memory for chunks that the pool evicts (default: none)"
+        "--host-bytes", type=size, default="0", help="host memory for chunks that the pool evicts (default: none)"
     )
     parser.add_argument(
-        "--cold-bytes", type=_size, default="10GiB", help="what the disk tier may grow to (default: %(default)s)"
+        "--cold-bytes", type=size, default="10GiB", help="what the disk tier may grow to (default: %(default)s)"
     )
     parser.add_argument(
         "--cold-policy",
@@ -94,10 +94,3 @@ def tenant_secret(options: argparse.Namespace, settings: Settings, *, has_keys: 
         )
         return settings.secret
     return EVERYBODY
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

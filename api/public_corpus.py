@@ -18,13 +18,12 @@ from rich.progress import track
 from stemcache.api.cache_schemas import Prompt
 from stemcache.api.encoding import chat_prompt, completion_prompts
 from stemcache.api.schemas import ChatRequest, CompletionRequest
+from stemcache.api.tools import ToolUse
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.prefixtree.errors import StemcacheError
 
 if TYPE_CHECKING:
     from stemcache.engine.engine import Engine
-
-_BODY: TypeAdapter[CompletionRequest | ChatRequest] = TypeAdapter(Prompt)
 
 
 class PublicCorpusError(StemcacheError):
@@ -49,10 +48,11 @@ def warm_public_corpus(engine: Engine, path: Path) -> int:
 
 def _prompts(engine: Engine, path: Path) -> Iterator[tuple[int, list[int]]]:
     """Each prompt with the number of its line."""
+    kind: TypeAdapter[CompletionRequest | ChatRequest] = TypeAdapter(Prompt)
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             with _of_line(path, number):
-                for prompt in asyncio.run(_tokens(engine, _BODY.validate_json(line))):
+                for prompt in asyncio.run(_tokens(engine, kind.validate_json(line))):
                     yield number, prompt
 
 
@@ -70,4 +70,6 @@ def _of_line(path: Path, number: int) -> Iterator[None]:
 async def _tokens(engine: Engine, body: CompletionRequest | ChatRequest) -> list[list[int]]:
     if isinstance(body, CompletionRequest):
         return [prompt.token_ids for prompt in await completion_prompts(engine, body)]
-    return [(await chat_prompt(engine, body, None)).token_ids]
+    if body.rag is not None:
+        raise InvalidRequestError("what is retrieved for one tenant is no other's: give 'documents'", param="rag")
+    return [(await chat_prompt(engine, body, ToolUse.of(body, engine).offered)).token_ids]

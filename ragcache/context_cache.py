@@ -13,40 +13,28 @@ left, nor will a request that was prepared before leave any.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stemcache.engine.blend import Blend
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import InvalidRequestError
-from stemcache.engine.outputs import Usage
-from stemcache.engine.sampling import SamplingParams
-from stemcache.engine.stream import Stream
-from stemcache.engine.tentative import Tentative
-from stemcache.ragcache.answer import Answer, sources
-from stemcache.ragcache.blending import Blending
 from stemcache.ragcache.catalogue import Catalogue
-from stemcache.ragcache.compose import Context, Message, Template, compose
-from stemcache.ragcache.document_store import DocumentStore
-from stemcache.ragcache.documents import Change, Document, Record, Retrieved, updated
+from stemcache.ragcache.documents import Change, Document, Record, updated
 from stemcache.ragcache.embedders import Embedder, HashingEmbedder
 from stemcache.ragcache.errors import CatalogueError
 from stemcache.ragcache.index import KINDS, Kind
 from stemcache.ragcache.library import Library
-from stemcache.ragcache.preparation import Preparation, Prepared, Space, Wish
-from stemcache.ragcache.reuse import DocumentReuse, Reuse
-from stemcache.ragcache.speculation import Speculation, SpeculationStats, Submit
+from stemcache.ragcache.preparation import Space
+from stemcache.ragcache.questions import DEFAULT, Questions
 from stemcache.ragcache.splitter import Splitter
 from stemcache.ragcache.warming import Warming
 
-DEFAULT = Space()
 PASSAGE_TOKENS = 512
-GREEDY = SamplingParams(max_tokens=256, temperature=0)
 
 
-class ContextCache:
+class ContextCache(Questions):
     """Documents and answers over one engine. Methods may be called from any thread; many of them wait for the engine.
 
     Args:
@@ -58,9 +46,6 @@ class ContextCache:
         speculate: let the engine begin with the documents found so far, where searches take long enough. No answer
             changes.
         clock: seconds since 1970.
-
-    Attributes:
-        blending: what allows `reuse="blend"`, which is off until it is switched on there.
 
     Raises CatalogueError, EmbedderError, MissingExtraError, InvalidRequestError.
     """
@@ -79,25 +64,18 @@ class ContextCache:
     ) -> None:
         if index not in KINDS:
             raise InvalidRequestError(f"index is one of {', '.join(KINDS)}, not {index!r}")
-        self.engine = engine
-        self.system_prompt = system_prompt
         splitter = Splitter(engine.prompts.backend, passage_tokens)
         place = None if folder is None else _made(Path(folder))
         embedder = embedder or HashingEmbedder()
         catalogue = Catalogue(None if place is None else place / "documents.sqlite", clock=clock)
         try:
-            self._library = Library(catalogue, embedder, splitter, index, place)
-            self._preparation = Preparation(engine, self._library)
-            self._reuse = Reuse(engine.cache)
-            self._documents = DocumentStore(engine.cache, self._library, clock=clock, removed=self._removed)
+            library = Library(catalogue, embedder, splitter, index, place)
+            super().__init__(engine, library, clock=clock, system_prompt=system_prompt, speculate=speculate)
         except BaseException:
             catalogue.close()
             raise
         self._catalogue = catalogue
-        self._speculates = speculate
-        self._speculation = Speculation(engine, self._library, self.submitted)
         self._warming = Warming(self._preparation, self._documents)
-        self.blending = Blending(engine, self._documents)
 
     # -- documents -----------------------------------------------------------------------------------------------------
 
@@ -190,132 +168,6 @@ class ContextCache:
             if not should_stop()
         )
 
-    # -- questions -----------------------------------------------------------------------------------------------------
-
-    def retrieve(self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT) -> Sequence[Retrieved]:
-        """The passages nearest to a question, the best first. Raises NoDocumentsError, EmbedderError."""
-        self._documents.expire()
-        wish = wish or Wish()
-        found = self._library.search(space.owner, question, wish.k, wish.where)
-        self._preparation.notes_on(space, found, wish)
-        return found
-
-    def retrieve_stages(
-        self, question: str, wish: Wish | None = None, *, space: Space = DEFAULT
-    ) -> Iterator[Sequence[Retrieved]]:
-        """What is known after each part of the search; the last is what `retrieve` gives, empty if nothing is found."""
-        wish = wish or Wish()
-        self._documents.expire()
-        return self._library.stages(space.owner, question, wish.k, wish.where)
-
-    def compose(self, documents: Sequence[Document], question: str) -> Context:
-        """The prompt of system prompt, documents and question. Looks neither at the catalogue nor at the cache."""
-        texts = [{"title": document.title, "text": document.text} for document in documents]
-        return compose(self.engine.prompts, self._messages(question), texts)
-
-    def prepare(
-        self,
-        messages: Sequence[Message],
-        question: str,
-        wish: Wish | None = None,
-        *,
-        space: Space = DEFAULT,
-        template: Template | None = None,
-        answer_tokens: int = 1,
-        submit: Submit | None = None,
-    ) -> Prepared:
-        """The prompt of a conversation, with documents for `question`. Submit `tokens` with `blend`, call `submitted`.
-
-        submit: how to submit prompts with the documents found so far, as long as the search goes on. The result has a
-            `stream` then, if one of them was right. Not used with `explain`, which is about what comes before.
-        Raises NoDocumentsError, ContextLengthError, EmbedderError.
-        """
-        wish = self._allowed(wish)
-        self._documents.expire()
-        epoch = self._documents.epoch
-
-        def composed(found: Sequence[Retrieved]) -> Prepared:
-            notes = self._preparation.notes_on(space, found, wish)
-            prepared = self._preparation.compose(
-                space, epoch, messages, found, wish, template=template, answer_tokens=answer_tokens, notes=notes
-            )
-            return self._noted(prepared, wish)
-
-        # What is moved to its place costs so little that nothing is saved by beginning early.
-        if submit is None or wish.explain or wish.reuse == "blend" or not self._speculates:
-            return self._asked_for(composed(self._library.search(space.owner, question, wish.k, wish.where)))
-        return self._asked_for(self._speculation.prepare(space, question, wish, composed, submit))
-
-    def prepare_given(
-        self,
-        messages: Sequence[Message],
-        documents: Sequence[tuple[str, str]],
-        wish: Wish | None = None,
-        *,
-        space: Space = DEFAULT,
-        template: Template | None = None,
-        answer_tokens: int = 1,
-    ) -> Prepared:
-        """`prepare` with documents (title, text) that the caller brought. None of them is left out."""
-        wish = self._allowed(wish)
-        self._documents.expire()
-        epoch = self._documents.epoch
-        given = self._preparation.identify(space, documents)
-        prepared = self._preparation.compose(
-            space, epoch, messages, given, wish, template=template, answer_tokens=answer_tokens, may_leave_out=False
-        )
-        return self._asked_for(self._noted(prepared, wish))
-
-    def is_current(self, prepared: Prepared) -> bool:
-        """Whether no document was changed since; then `submitted` has nothing to do. Does not wait."""
-        return prepared.epoch == self._documents.epoch
-
-    def submitted(self, prepared: Prepared) -> None:
-        """To be called once a prepared prompt was submitted: a document may have been deleted in between."""
-        self._documents.verify(prepared.epoch, prepared.space.owner, prepared.all_marks)
-
-    def started(self, prepared: Prepared, usage: Usage) -> None:
-        """To be called once a submitted prompt has been read: what `reuse` tells."""
-        self._reuse.count(prepared, usage)
-
-    def reuse(self, limit: int = 100, *, space: Space = DEFAULT) -> Sequence[DocumentReuse]:
-        """What prompts found of each document in the cache, of those used last, and what is cached of them now."""
-        found = self._reuse.of(space, limit)
-        return [each for each in found if self.has(each.document_id, space=space)]  # others' time was over
-
-    def ask(
-        self,
-        question: str,
-        k: int = 4,
-        *,
-        params: SamplingParams = GREEDY,
-        space: Space = DEFAULT,
-        **wish: Any,
-    ) -> Answer:
-        """Answer a question from the `k` passages nearest to it. `wish` as of `Wish`: order, where, explain, ...
-
-        Raises NoDocumentsError, ContextLengthError, EmbedderError, InvalidRequestError.
-        """
-        if params.n != 1:
-            raise InvalidRequestError("ask gives one answer: leave 'n' out", param="n")
-
-        def submit(tokens: Sequence[int], tentative: Tentative) -> Stream:
-            return self._submit(tokens, params, space, tentative)
-
-        prepared = self.prepare(
-            self._messages(question),
-            question,
-            Wish(k=k, **wish),
-            space=space,
-            answer_tokens=params.max_tokens or 1,
-            submit=submit,
-        )
-        return self._answer(prepared, params)
-
-    def speculation(self) -> SpeculationStats:
-        """What came of the prompts that were submitted before their search had ended."""
-        return self._speculation.stats()
-
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -336,11 +188,6 @@ class ContextCache:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _removed(self, owner: str, document_id: str, keys: Sequence[int]) -> None:
-        """Prompts are remembered here and there, and these hold the text."""
-        self._preparation.paths.forget(keys)
-        self._reuse.forget(owner, document_id, is_deleted=self._library.catalogue.find(owner, document_id) is None)
-
     def _put(self, space: Space, document: Document) -> Change:
         change = self._documents.put(space.owner, document)
         if document.pinned and change.status != "unchanged":
@@ -348,54 +195,6 @@ class ContextCache:
         elif change.status == "updated":
             self._warming.unpin(document.id, space)
         return change
-
-    def _messages(self, question: str | None, system_prompt: str | None = None) -> Sequence[Message]:
-        system = self.system_prompt if system_prompt is None else system_prompt
-        first: Sequence[Message] = [{"role": "system", "content": system}] if system else []
-        return first if question is None else [*first, {"role": "user", "content": question}]
-
-    def _allowed(self, wish: Wish | None) -> Wish:
-        wish = wish or Wish()
-        if wish.reuse == "blend":
-            self.blending.require_on()
-        return wish
-
-    def _noted(self, prepared: Prepared, wish: Wish) -> Prepared:
-        if wish.reuse == "blend":
-            prepared = self.blending.planned(prepared)
-        self._documents.note(prepared.space.owner, prepared.all_marks)
-        if prepared.blend is not None:
-            self.blending.read(prepared)
-        return prepared
-
-    def _asked_for(self, prepared: Prepared) -> Prepared:
-        self._preparation.paths.count(each.passage.key for each in prepared.retrieved)
-        return prepared
-
-    def _submit(
-        self,
-        tokens: Sequence[int],
-        params: SamplingParams,
-        space: Space,
-        tentative: Tentative | None = None,
-        blend: Blend | None = None,
-    ) -> Stream:
-        return self.engine.submit(
-            tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, tentative=tentative, blend=blend
-        )
-
-    def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
-        with prepared.stream or self._submit(prepared.tokens, params, prepared.space, blend=prepared.blend) as stream:
-            self.submitted(prepared)
-            deltas = list(stream)
-        self.started(prepared, stream.usage)
-        reason = deltas[-1].finish_reason
-        assert reason is not None
-        usage = stream.usage
-        spans = prepared.context.spans
-        used = sources(prepared.retrieved, spans, usage.cached_tokens, prepared.explanation, usage.moved)
-        notes = (*prepared.notes, prepared.advice) if prepared.advice else prepared.notes
-        return Answer("".join(delta.text for delta in deltas), reason, used, notes, usage)
 
 
 def _made(folder: Path) -> Path:

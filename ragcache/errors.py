@@ -8,7 +8,7 @@ StemcacheError
 ├── CatalogueError             the file of documents cannot be opened, read or written
 ├── CalibrationError           the questions that try whether documents can be moved cannot be used
 ├── EmbedderError              texts could not be embedded, or by another embedder than the catalogue's
-├── DocumentServerError        a server of documents does not answer, or it refuses
+├── ServerAnswerError          a server does not answer, or it refuses
 └── MissingExtraError          a library is not installed; the message names the command that does it
 """
 
@@ -52,8 +52,8 @@ class EmbedderError(StemcacheError):
     """Texts could not be embedded; the message says why and what to do."""
 
 
-class DocumentServerError(StemcacheError):
-    """A server of documents does not answer, or it refuses; `code` is then the one of docs/http-api.md."""
+class ServerAnswerError(StemcacheError):
+    """A server does not answer, or it refuses; `code` is then the one of docs/http-api.md."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)

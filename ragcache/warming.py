@@ -104,6 +104,8 @@ class Warming:
                 prepared.tokens, params, tenant=space.tenant, cache_salt=space.cache_salt
             ) as stream:
                 self._documents.verify(epoch, space.owner, prepared.marks)
+                if epoch != self._documents.epoch:
+                    self._preparation.paths.forget([passage.key])
                 for _ in stream:
                     pass
             yield prepared

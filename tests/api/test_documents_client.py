@@ -13,7 +13,7 @@ import pytest
 
 from stemcache.api.server_process import ServerProcess
 from stemcache.ragcache.batches import batches
-from stemcache.ragcache.errors import DocumentServerError, MissingExtraError
+from stemcache.ragcache.errors import MissingExtraError, ServerAnswerError
 from stemcache.ragcache.plugins.chat_fields import extra_body, template_document
 from stemcache.ragcache.plugins.client import DocumentsClient, FoundPassage, without_title
 
@@ -57,13 +57,13 @@ def test_passages_of_a_split_document_have_ids_of_their_own(documents: Documents
 
 
 def test_refusals_and_silence(documents: DocumentsClient, server: ServerProcess) -> None:
-    with pytest.raises(DocumentServerError, match=r"the server refuses: k must be"):
+    with pytest.raises(ServerAnswerError, match=r"the server refuses: k must be"):
         documents.search("What?", 0)
-    with pytest.raises(DocumentServerError, match="sent as JSON"):
+    with pytest.raises(ServerAnswerError, match="sent as JSON"):
         documents.add([{"text": "T", "metadata": {"a": float("nan")}}])
-    with pytest.raises(DocumentServerError, match="the document's text is empty"):
+    with pytest.raises(ServerAnswerError, match="the document's text is empty"):
         documents.add([{"text": " "}])
-    with pytest.raises(DocumentServerError, match="stemcache serve"):
+    with pytest.raises(ServerAnswerError, match="stemcache serve"):
         DocumentsClient("http://127.0.0.1:9").count()  # which leaves no connection open
 
 
@@ -78,7 +78,7 @@ def test_a_server_of_another_kind() -> None:
         thread = threading.Thread(target=other.serve_forever)
         thread.start()
         client = DocumentsClient(f"http://127.0.0.1:{other.server_port}")
-        with pytest.raises(DocumentServerError, match="no stemcache server"):
+        with pytest.raises(ServerAnswerError, match="no stemcache server"):
             client.count()
         client.close()
         other.shutdown()

@@ -71,6 +71,12 @@ def test_answers_are_the_same_and_nothing_private_is_shared(engine: Engine, file
         ('{"prompt": [1, 2]}\n{"prompt": []}', "line 2: prompt: Value error"),
         ('{"prompt": [1, 2], "speed": 9}', "line 1: speed"),
         ('{"prompt": [99999999]}', "line 1: "),
+        ('{"messages": [{"role": "user", "content": "?"}], "rag": {}}', "line 1: what is retrieved"),
+        (
+            '{"messages": [{"role": "user", "content": "?"}], "tool_choice": "required", '
+            '"tools": [{"type": "function", "function": {"name": "f"}}]}',
+            "line 1: This model's chat template has no place for tools",
+        ),
     ],
 )
 def test_what_is_no_corpus_is_refused(engine: Engine, tmp_path: Path, text: str, message: str) -> None:

@@ -12,7 +12,7 @@ from stemcache import Engine, SamplingParams
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import FactDocument
-from stemcache.ragcache.errors import DocumentServerError
+from stemcache.ragcache.errors import ServerAnswerError
 
 pytest.importorskip("haystack", reason="make test-clients installs it")
 
@@ -217,5 +217,5 @@ def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nobody_answers() -> None:
     store = StemcacheDocumentStore("http://127.0.0.1:9")
-    with pytest.raises(DocumentServerError, match="stemcache serve"):
+    with pytest.raises(ServerAnswerError, match="stemcache serve"):
         store.count_documents()

@@ -15,7 +15,7 @@ from stemcache import Engine, SamplingParams
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import FactDocument
-from stemcache.ragcache.errors import DocumentServerError
+from stemcache.ragcache.errors import ServerAnswerError
 
 pytest.importorskip("langchain", reason="make test-clients installs it")
 
@@ -140,7 +140,7 @@ def test_the_retriever(retriever: StemcacheRetriever, documents: list[Document],
     assert [each.id for each in retriever.invoke(question, k=1)] == [best.id]
     assert [each.metadata["n"] for each in retriever.invoke(question, filter={"n": [0, 2]})] in ([0, 2], [2, 0])
     assert pickle.loads(pickle.dumps(retriever)).invoke(question) == found
-    with pytest.raises(DocumentServerError, match="k must be from 1 to 100") as refusal:
+    with pytest.raises(ServerAnswerError, match="k must be from 1 to 100") as refusal:
         retriever.invoke(question, k=1000)
     assert "refuses" in str(refusal.value)
 
@@ -221,7 +221,7 @@ def test_no_openai_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_answers() -> None:
-    with pytest.raises(DocumentServerError, match="stemcache serve"):
+    with pytest.raises(ServerAnswerError, match="stemcache serve"):
         StemcacheRetriever(base_url="http://127.0.0.1:9").invoke("What?")
-    with pytest.raises(DocumentServerError, match="sent as JSON"):
+    with pytest.raises(ServerAnswerError, match="sent as JSON"):
         StemcacheRetriever(base_url="http://127.0.0.1:9").add_documents([Document("T", metadata={"a": object()})])

@@ -13,7 +13,7 @@ from stemcache import Engine, SamplingParams
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, FactDocument
-from stemcache.ragcache.errors import DocumentServerError
+from stemcache.ragcache.errors import ServerAnswerError
 
 pytest.importorskip("llama_index.core", reason="make test-clients installs it")
 
@@ -187,5 +187,5 @@ def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_answers() -> None:
-    with pytest.raises(DocumentServerError, match="stemcache serve"):
+    with pytest.raises(ServerAnswerError, match="stemcache serve"):
         StemcacheRetriever(base_url="http://127.0.0.1:9").retrieve("What?")

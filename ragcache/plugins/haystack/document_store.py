@@ -33,7 +33,7 @@ class StemcacheDocumentStore:
     """The documents of a server, of the key that is given.
 
     api_key: STEMCACHE_API_KEY of the environment unless given, none where that is not set.
-    Methods raise DocumentServerError.
+    Methods raise ServerAnswerError.
     """
 
     def __init__(

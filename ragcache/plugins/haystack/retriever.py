@@ -38,7 +38,7 @@ class StemcacheRetriever:
     def run(
         self, query: str, top_k: int | None = None, filters: dict[str, Any] | None = None
     ) -> dict[str, list[Document]]:
-        """`top_k` and `filters` stand for the constructor's. Raises FilterError, DocumentServerError."""
+        """`top_k` and `filters` stand for the constructor's. Raises FilterError, ServerAnswerError."""
         where = server_filter(self.filters if filters is None else filters)
         return {"documents": self.document_store.search(query, self.top_k if top_k is None else top_k, where)}
 

@@ -18,7 +18,7 @@ class StemcacheRetriever(BaseRetriever):
     """Passages of the documents that a server keeps, the nearest first, each with its `score` in the metadata.
 
     k: passages at most; may be given to `invoke` too. filter: metadata that documents must have.
-    Methods raise DocumentServerError.
+    Methods raise ServerAnswerError.
     """
 
     base_url: str = DEFAULT_URL

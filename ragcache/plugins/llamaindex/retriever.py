@@ -18,7 +18,7 @@ class StemcacheRetriever(BaseRetriever):
     """Passages of the documents that a server keeps, the nearest first.
 
     similarity_top_k: passages at most. filters: metadata that documents must have: `==` and `in`, joined by `and`.
-    Methods raise DocumentServerError, and ValueError for other filters.
+    Methods raise ServerAnswerError, and ValueError for other filters.
     """
 
     def __init__(
