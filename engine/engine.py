@@ -290,7 +290,7 @@ class Engine:
 
     def activity(self) -> Activity:
         """What the engine does at this moment, without waiting for its running step; also when it is closed."""
-        return Activity.of(self._loop.scheduler, self._loop.store, self._loop.generated_tokens)
+        return Activity.of(self._loop.scheduler, self._loop.store, self._loop.delivery.generated_tokens)
 
     def require_alive(self) -> None:
         """Raise EngineClosedError unless the engine can take requests. Does not wait."""
