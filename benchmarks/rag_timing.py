@@ -2,7 +2,8 @@
 
     python benchmarks/rag_timing.py demo|long|search [--questions N] [--pool 0.5] [--quick]
 
-demo: 500 documents of 60 tokens and the demo model, which answers; exact match counts.
+demo: 500 documents of 60 tokens and the demo model, which answers; exact match counts, and how many answers are those
+      of the same prompt without any cache (another order of the documents is another prompt).
 long: 200 documents of 300 to 600 tokens and a random model of SmolLM2-135M's shape; times only.
 search: `long`, among so many other vectors that searching takes as long as computing; speculation off and on.
 
@@ -85,9 +86,10 @@ class Served:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     right: int = 0
+    same: int = 0
 
-    def ask(self, fact: Fact, params: SamplingParams, *, counted: bool = True) -> None:
-        """One question, as `ContextCache.ask` does it, with a clock beside it."""
+    def ask(self, fact: Fact, params: SamplingParams, plain: Engine | None = None, *, counted: bool = True) -> None:
+        """One question, as `ContextCache.ask` does it, with a clock beside it. `plain` computes the same prompt."""
         if not self.configuration.is_cached:
             self.engine.clear_cache()
         submit = partial(_submit, self.engine, params)
@@ -112,12 +114,14 @@ class Served:
             self.prompt_tokens += stream.usage.prompt_tokens
             self.cached_tokens += stream.usage.cached_tokens + stream.usage.moved_tokens
             self.right += is_right(fact, text)
+            self.same += plain is not None and text == _computed(plain, prepared.tokens, params)
 
     def row(self) -> dict[str, Any]:
         return {
             "configuration": self.configuration.name,
             "questions": len(self.seconds),
             "exact_match": self.right / len(self.seconds),
+            "same_as_computed": self.same / len(self.seconds),
             "hit_tokens": self.cached_tokens / self.prompt_tokens,
             "seconds": _spread(self.seconds),
             "cpu_seconds": _spread(self.cpu_seconds),
@@ -133,6 +137,11 @@ def _spread(samples: Sequence[float]) -> dict[str, float]:
 
 def _submit(engine: Engine, params: SamplingParams, tokens: Sequence[int], tentative: Any = None, **more: Any) -> Any:
     return engine.submit(tokens, params, tentative=tentative, **more)
+
+
+def _computed(engine: Engine, tokens: Sequence[int], params: SamplingParams) -> str:
+    engine.clear_cache()
+    return engine.generate([tokens], params)[0].text
 
 
 def _allow_blend(one: Served, kind: str) -> None:
@@ -200,14 +209,16 @@ def warm_up(everyone: Sequence[Served], asked: Sequence[Fact], params: SamplingP
                 one.ask(fact, params, counted=False)
 
 
-def measure(everyone: Sequence[Served], asked: Sequence[Fact], params: SamplingParams) -> None:
+def measure(
+    everyone: Sequence[Served], asked: Sequence[Fact], params: SamplingParams, plain: Engine | None = None
+) -> None:
     """Each question goes to all configurations, beginning with another one each time."""
     begin = time.perf_counter()
     for number, fact in enumerate(asked):
         turn = number % len(everyone)
         for one in (*everyone[turn:], *everyone[:turn]):
             if number % one.configuration.every == 0:
-                one.ask(fact, params)
+                one.ask(fact, params, plain)
         if number % 10 == 9:
             print(f"{number + 1} of {len(asked)} questions, {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -221,9 +232,17 @@ def show(rows: Sequence[dict[str, Any]], clock: str, *, answers: bool) -> None:
     for row in rows:
         times = [f"{1000 * row[clock][name]:.0f}" for name in ("mean", "p50", "p90", "p99")]
         ratios = [f"{base / row[clock]['mean']:.2f}" if base else "" for base in (none, lru)]
-        match = [f"{row['exact_match']:.1%}"] if answers else []
+        match = [f"{row['exact_match']:.1%}", f"{row['same_as_computed']:.1%}"] if answers else []
         cells.append([row["configuration"], *match, f"{row['hit_tokens']:.0%}", *times, *ratios])
-    header = [f"ms to first token ({clock})", *(["exact"] if answers else []), "hit", "mean", "p50", "p90", "p99"]
+    header = [
+        f"ms to first token ({clock})",
+        *(["exact", "same"] if answers else []),
+        "hit",
+        "mean",
+        "p50",
+        "p90",
+        "p99",
+    ]
     print(table([*header, "no cache / it", "lru / it"], cells), flush=True)
 
 
@@ -242,7 +261,8 @@ def policies(kind: str, options: argparse.Namespace) -> None:
     asked = questions(corpus, options.warmup + options.questions, seed=1)
     with served(kind, corpus, options.pool, configurations) as everyone:
         warm_up(everyone, asked[: options.warmup], params, computed=is_demo)
-        measure(everyone, asked[options.warmup :], params)
+        plain = everyone[0].engine if is_demo else None  # the one without a cache
+        measure(everyone, asked[options.warmup :], params, plain)
         rows = [one.row() for one in everyone]
     for clock in ("cpu_seconds", "seconds"):
         show(rows, clock, answers=is_demo)

@@ -11,11 +11,13 @@ Partials are held as [K, group, kv_heads, head_dim], the order in which the kern
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from stemcache.kernels.cpu_schedule import Call, schedule
-from stemcache.kernels.merge import merge_partials
+from stemcache.kernels.merge import Merge, merge_aligned, merge_partials
 from stemcache.kernels.plan import AttentionPlan
 
 SCORES_AT_ONCE = 1 << 22
@@ -40,18 +42,31 @@ def attend(
     partials = [_call(query, pool_layer, call, scale, softcap) for call in todo.calls]
     if todo.direct and sinks is None:
         return partials[0][0].transpose(1, 2).reshape(rows, q_heads, head_dim)
-    outputs, lses = zip(*partials, strict=True)
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    lse = lses[0] if len(lses) == 1 else torch.cat(lses)
     sink = None if sinks is None else sinks.float().view(kv_heads, group).t()
-    if len(todo.merges) == 1:
-        merged = merge_partials(output, lse, todo.merges[0], sink)
-    else:
-        merged = output.new_empty(rows, group, kv_heads, head_dim)
-        for merge in todo.merges:
-            assert merge.rows is not None
-            merged.index_copy_(0, merge.rows, merge_partials(output, lse, merge, sink))
-    return merged.transpose(1, 2).reshape(rows, q_heads, head_dim)
+    return _merged(partials, todo.merges, rows, sink).transpose(1, 2).reshape(rows, q_heads, head_dim)
+
+
+def _merged(
+    partials: Sequence[tuple[Tensor, Tensor]], merges: Sequence[Merge], rows: int, sink: Tensor | None
+) -> Tensor:
+    """The calls' partials combined by row: [rows, group, kv_heads, head_dim]."""
+    outputs, lses = zip(*partials, strict=True)
+    if merges[0].aligned:
+        return merge_aligned(_blocks(outputs, rows), _blocks(lses, rows), sink)
+    output, lse = torch.cat(outputs), torch.cat(lses)
+    if len(merges) == 1:
+        return merge_partials(output, lse, merges[0], sink)
+    merged = output.new_empty(rows, *output.shape[1:])
+    for merge in merges:
+        assert merge.rows is not None
+        merged.index_copy_(0, merge.rows, merge_partials(output, lse, merge, sink))
+    return merged
+
+
+def _blocks(tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Cut so that every block has all rows, which costs a copy only where a call had some of them."""
+    whole = tensors if all(len(each) % rows == 0 for each in tensors) else [torch.cat(list(tensors))]
+    return [block for each in whole for block in torch.split(each, rows)]
 
 
 def _call(query: Tensor, pool_layer: Tensor, call: Call, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -70,7 +85,9 @@ def _call(query: Tensor, pool_layer: Tensor, call: Call, scale: float, softcap: 
     else:
         # KV heads become the batch, their query heads the heads: torch 2.13 also takes fewer KV heads than query heads,
         # but an older kernel would then read past the keys without a word
-        queries = rows.view(call.n_rows, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        if call.padding:
+            rows = torch.cat([rows.new_zeros(call.padding, q_heads, head_dim), rows])
+        queries = rows.view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3)
         key, value = (kv.transpose(0, 1).expand(-1, group, -1, -1) for kv in (key, value))
     if softcap is None:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -78,13 +95,10 @@ def _call(query: Tensor, pool_layer: Tensor, call: Call, scale: float, softcap: 
         )
     else:
         output, lse = _softcapped(queries, key, value, call, scale, softcap)
-    output, lse = (
-        output.transpose(1, 2),
-        lse.transpose(1, 2),
-    )  # [batch, kernel rows, heads, ...], the kernel's own order
+    output, lse = output.transpose(1, 2), lse.transpose(1, 2)  # [batch, kernel rows, heads, ...], as the kernel writes
     if call.packed:
         return output.reshape(-1, group, kv_heads, head_dim), lse.reshape(-1, group, kv_heads)
-    return output.permute(1, 2, 0, 3), lse.permute(1, 2, 0)
+    return output.permute(1, 2, 0, 3)[call.padding :], lse.permute(1, 2, 0)[call.padding :]
 
 
 def _keys_values(pool_layer: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ sum_i exp(lse_i - lse) * out_i (arXiv 2501.01005, section 2.2), which is exact a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 class Merge:
     """Rows with a like number of partials. rows: int64[n] or None for all in order; partials: int64[n, P] indices into
     the concatenated partials; padding: float[n, P, 1, 1], -inf where a row has fewer than P, or None; aligned: partial
-    p of row r is number p * n + r, as in a decode step where every call has all rows in order: a view will do."""
+    p of row r is number p * n + r, as in a decode step where every call has all rows in order."""
 
     rows: Tensor | None
     partials: Tensor
@@ -53,6 +53,17 @@ def plan_merges(owners: NDArray[np.int64], n_rows: int) -> Iterator[Merge]:
         yield Merge(index, torch.from_numpy(partials), padding, aligned)
 
 
+def merge_aligned(outputs: Sequence[Tensor], lses: Sequence[Tensor], sink: Tensor | None) -> Tensor:
+    """Combine partials that all have all rows in order, one after the other: nothing is gathered. Shapes as in
+    `merge_partials`, with K the number of rows."""
+    logits = torch.stack([*lses, *([] if sink is None else [sink.expand_as(lses[0])])])
+    weights = logits.softmax(dim=0).unsqueeze(-1)
+    merged = outputs[0] * weights[0]
+    for output, weight in zip(outputs[1:], weights[1:], strict=False):  # a sink has no output
+        merged.addcmul_(output, weight)
+    return merged.to(outputs[0].dtype)
+
+
 def merge_partials(output: Tensor, lse: Tensor, merge: Merge, sink: Tensor | None) -> Tensor:
     """Combine each row's partials: weights are the softmax of their log-sum-exps, with a sink as one more that has no
     value. output [K, group, kv_heads, head_dim], lse [K, group, kv_heads], sink [group, kv_heads] -> [n, ...]."""
@@ -71,6 +82,4 @@ def merge_partials(output: Tensor, lse: Tensor, merge: Merge, sink: Tensor | Non
 def _partials(values: Tensor, merge: Merge) -> Tensor:
     """Each row's partials, [n, P, ...], out of [K, ...]."""
     n, width = merge.partials.shape
-    if merge.aligned:
-        return values.view(width, n, *values.shape[1:]).transpose(0, 1)
     return values.index_select(0, merge.partials.flatten()).view(n, width, *values.shape[1:])

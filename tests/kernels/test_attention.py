@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stemcache.kernels.attention import append_kv, attend
+from stemcache.kernels.cpu_schedule import PADDED_SQUARE, schedule
 from stemcache.kernels.plan import SequenceRows
 
 # Relative to the largest output. float32: summation order. 16-bit: the output's own rounding, once for the partial
@@ -111,6 +112,25 @@ def test_long_prefill_beside_decode(batches: Callable[..., Any], window: int | N
     batch = batches(sequences, chunk_tokens=64, kv_heads=1, group=2)
     assert_matches(batch, window=window)
     assert_matches(batch, window=window, softcap=2.0)
+
+
+@pytest.mark.parametrize("window", [None, 64, 500, 640, 5000])
+@pytest.mark.parametrize(("before", "rows"), [(1, 64), (63, 65), (64, 600), (130, 257), (277, 600), (278, 600)])
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_prefill_after_few_tokens(
+    batches: Callable[..., Any], before: int, rows: int, window: int | None, fragmented: bool
+) -> None:
+    """A cached system prompt before new documents: up to a length it is taken into the causal call."""
+    ids = np.random.default_rng(0).permutation(20) if fragmented else np.arange(20)
+    batch = batches([sequence([int(i) for i in ids], before, before + rows)], chunk_tokens=64, kv_heads=1, group=3)
+    calls = schedule(batch.plan, window=window, dtype=batch.query.dtype, group=3, kv_heads=1).calls
+    if window is None or window > before + rows:
+        is_short = before**2 <= PADDED_SQUARE * rows
+        assert is_short == (before < 278)
+        assert [call.padding for call in calls] == ([before] if is_short else [0] * len(calls))
+    assert_matches(batch, window=window)
+    assert_matches(batch, window=window, softcap=2.0)
+    assert_matches(batch, window=window, sinks=torch.linspace(-2, 2, 3))
 
 
 def test_identical_sequences_with_different_ends(batches: Callable[..., Any]) -> None:
