@@ -32,6 +32,7 @@ from stemcache.engine.completions import completions
 from stemcache.engine.cost import CostSurface
 from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
+from stemcache.engine.freed_memory import keep_freed_memory
 from stemcache.engine.grammar import GrammarCompiler
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.movable import require_movable
@@ -90,6 +91,7 @@ class Engine:
     ) -> None:
         if queue not in QUEUES:
             raise ValueError(f"queue must be one of {', '.join(QUEUES)}, not {queue!r}")
+        keep_freed_memory()
         self.model_name = name
         self.created = int(time.time())
         self.prompts = Prompts(checkpoint.tokenizer)
