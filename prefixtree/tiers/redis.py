@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, Final, TypeVar
@@ -92,6 +93,9 @@ class RedisTier:
     def load(self, keys: Sequence[bytes], deadline: float) -> list[Value | Miss]:
         return [self._load(self._name(key), deadline) for key in keys]
 
+    def reading(self, key: bytes, deadline: float) -> AbstractContextManager[Value | Miss]:
+        return nullcontext(self.load([key], deadline)[0])
+
     def store(self, key: bytes, value: Value, deadline: float) -> Refusal | None:
         refusal = self._store(self._name(key), value, deadline)
         if refusal is None:
@@ -155,7 +159,7 @@ class RedisTier:
 
     def _load(self, name: bytes, deadline: float) -> Value | Miss:
         ttl, begin = self._address.ttl_seconds, time.monotonic()
-        value: bytes | bytearray | Miss | None = self._call(
+        value: Value | Miss | None = self._call(
             lambda client: client.get(name) if ttl is None else client.getex(name, ex=ttl), deadline
         )
         if value is None:
