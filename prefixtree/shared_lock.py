@@ -31,7 +31,8 @@ class SharedLock:
         finally:
             with self._changed:
                 self._n_sharing -= 1
-                self._changed.notify_all()
+                if not self._n_sharing:
+                    self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
