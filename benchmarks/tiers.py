@@ -53,7 +53,7 @@ from stemcache.prefixtree.tokens import encode_tokens
 
 SIZES = [128 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]
 THREADS = [1, 2]
-AT_ONCE = 4  # calls in a round on several threads
+IN_A_ROW = 4  # chunks in a round, as a prompt has more than one
 FLUSHES = 9
 ONE = SamplingParams(max_tokens=1, temperature=0)
 FAR = 60.0
@@ -156,18 +156,21 @@ def throughput(size: int, url: str, folder: Path, codec: str, repeats: int, thre
         tier.close()
     client.flushall()
     client.close()
-    calls = 1 if threads == 1 else AT_ONCE
-    return {way: [each / calls for each in samples] for way, samples in seconds.items()}
+    return {way: [each / IN_A_ROW for each in samples] for way, samples in seconds.items()}
 
 
 def on_threads(ways: Ways, pool: ThreadPoolExecutor, threads: int) -> Ways:
-    """The same, AT_ONCE times in a call, unless there is one thread, which needs no other."""
+    """The same, IN_A_ROW times in a call, by the threads of `pool` if there are several."""
 
     def several(way: Callable[[], object]) -> None:
-        for done in [pool.submit(way) for _ in range(AT_ONCE)]:
-            done.result()
+        if threads == 1:
+            for _ in range(IN_A_ROW):
+                way()
+        else:
+            for done in [pool.submit(way) for _ in range(IN_A_ROW)]:
+                done.result()
 
-    return ways if threads == 1 else {name: lambda way=way: several(way) for name, way in ways.items()}
+    return {name: lambda way=way: several(way) for name, way in ways.items()}
 
 
 def read(file: Path) -> bytes:

@@ -300,7 +300,7 @@ class Restorer:
 
     def _write(self, restoration: Restoration, run: Run, chunks: list[memoryview]) -> bool:
         """Copy chunks that were not there before into their slots; False if they are nobody's any more."""
-        with restoration.writing.shared():
+        with restoration.writing:
             if restoration.ended:
                 return False
             for depth, chunk in enumerate(chunks, run.first):

@@ -12,27 +12,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 
 class SharedLock:
-    """Both ways to hold it are `with` blocks; any thread."""
+    """`with lock:` holds it together with others, `with lock.alone():` without; any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._n_sharing = 0
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Hold it together with others."""
+    def __enter__(self) -> None:
         with self._changed:
             self._n_sharing += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._n_sharing -= 1
-                if not self._n_sharing:
-                    self._changed.notify_all()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._n_sharing -= 1
+            if not self._n_sharing:
+                self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

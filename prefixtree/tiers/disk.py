@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -54,6 +54,7 @@ class DiskTier:
         self._max_values = max_bytes - max_bytes // 8
         self._trouble: str | None = None
         self._closed = False
+        self._is_resized = False
         self._writing = threading.Lock()
         self._touched: dict[bytes, None] = {}  # to be written with the next store
         self._mapping = SharedLock()  # shared by transactions; held alone by who moves the mapping or takes it away
@@ -75,17 +76,19 @@ class DiskTier:
     def reading(self, key: bytes, deadline: float) -> Iterator[Value | Miss]:
         """As in `Tier`: a view of the file's mapping. The transaction keeps its pages from being written again."""
         begin = time.monotonic()
-        with ExitStack() as stack:
-            value = Miss.DEADLINE if begin >= deadline else self._view(key, stack)
-            if isinstance(value, Miss):
-                self.counters.missed(value)
-                yield value
-                return
+        self._follow_size()
+        with self._mapping:
+            reader, value = (None, Miss.DEADLINE) if begin >= deadline else self._view(key)
             try:
                 yield value
-            finally:  # the bytes come off the disk as they are read
-                self.counters.loaded(len(value), time.monotonic() - begin)
-                value.release()
+            finally:
+                if isinstance(value, Miss):
+                    self.counters.missed(value)
+                else:  # its bytes came off the disk as they were read
+                    self.counters.loaded(len(value), time.monotonic() - begin)
+                    value.release()
+                if reader is not None:
+                    reader.abort()
 
     def store(self, key: bytes, value: Value, deadline: float) -> Refusal | None:
         refusal = self._store(key, value)
@@ -159,19 +162,17 @@ class DiskTier:
 
         assert self._transact(check) is True
 
-    def _view(self, key: bytes, stack: ExitStack) -> memoryview | Miss:
-        """The value in the mapping, which stays as it is until `stack` is left."""
-        stack.enter_context(self._mapping.shared())
+    def _view(self, key: bytes) -> tuple[Any, memoryview | Miss]:
+        """The value in the mapping, which stays as it is until the transaction, if there is one, is aborted."""
         if self._closed:
-            return Miss.UNAVAILABLE
+            return None, Miss.UNAVAILABLE
         try:
-            reader = stack.enter_context(self._env.begin(buffers=True))
+            reader = self._env.begin(buffers=True)
             value = self._tables.view(reader, key)
         except self._errors as error:
-            stack.close()
             self._note(error)
-            return Miss.UNAVAILABLE
-        return Miss.ABSENT if value is None else value
+            return None, Miss.UNAVAILABLE
+        return reader, Miss.ABSENT if value is None else value
 
     def _store(self, key: bytes, value: Value) -> Refusal | None:
         assert len(key) == KEY_BYTES
@@ -213,8 +214,9 @@ class DiskTier:
         """What `function` gives of a transaction. Where that fails nothing of it was done: FULL or UNAVAILABLE."""
         import lmdb
 
+        self._follow_size()
         try:
-            with self._mapping.shared():
+            with self._mapping:
                 if self._closed:
                     return Refusal.UNAVAILABLE
                 with self._env.begin(write=write, buffers=True) as transaction:
@@ -231,14 +233,20 @@ class DiskTier:
 
         return lmdb.Error, OSError, struct.error, ValueError
 
+    def _follow_size(self) -> None:
+        """Map the file anew where that is due, unless somebody reads: then the next one may."""
+        if self._is_resized:
+            with self._mapping.alone_now() as nobody_reads:
+                if nobody_reads and not self._closed:
+                    self._env.set_mapsize(0)
+                    self._is_resized = False
+
     def _note(self, error: Exception) -> None:
-        """Log what went wrong, once. Not to be called by who shares the mapping."""
+        """Log what went wrong, once."""
         import lmdb
 
         if isinstance(error, lmdb.MapResizedError):  # another process has opened it with another size
-            with self._mapping.alone_now() as nobody_reads:
-                if nobody_reads and not self._closed:  # else the next one finds it as it is now
-                    self._env.set_mapsize(0)
+            self._is_resized = True
             return
         if str(error) != self._trouble:
             log.warning("the disk tier in %s failed: %s", self._folder, error)

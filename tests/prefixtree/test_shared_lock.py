@@ -23,7 +23,7 @@ def test_nobody_shares_it_while_one_has_it_alone() -> None:
                     time.sleep(0)
                     assert inside[0] == 0
             else:
-                with lock.shared(), lock.shared():  # twice by the same thread, while others want it alone
+                with lock, lock:  # twice by the same thread, while others want it alone
                     with counting:
                         inside[0] += 1
                         seen.add(inside[0])
@@ -41,13 +41,13 @@ def test_who_does_not_want_to_wait_is_told() -> None:
     lock = SharedLock()
     with lock.alone_now() as nobody_else:
         assert nobody_else
-    with lock.shared(), lock.alone_now() as nobody_else:
+    with lock, lock.alone_now() as nobody_else:
         assert not nobody_else
 
 
 def test_it_is_given_back_after_an_error() -> None:
     lock = SharedLock()
-    for way in (lock.shared, lock.alone):
+    for way in (lambda: lock, lock.alone):
         try:
             with way():
                 raise KeyError
