@@ -105,14 +105,14 @@ def _verify(tier: Tier, secret: bytes | None, *, delete: bool) -> int:
 
 def _check(tier: Tier, key: bytes, secret: bytes | None) -> str:
     """Return "sound", or why an object is not."""
-    (value,) = tier.load([key], time.monotonic() + _LOAD_SECONDS)
-    if isinstance(value, Miss):
-        return value
-    try:
-        frame = unpack(value, key[16:], secret=secret)
-    except FrameError as error:
-        return error.reason
-    return "sound" if frame.header.namespace.digest[:16] == key[:16] else "namespace"
+    with tier.reading(key, time.monotonic() + _LOAD_SECONDS) as value:
+        if isinstance(value, Miss):
+            return value
+        try:
+            frame = unpack(value, key[16:], secret=secret)
+        except FrameError as error:
+            return error.reason
+        return "sound" if frame.header.namespace.digest[:16] == key[:16] else "namespace"
 
 
 def _clear(tier: Tier, namespace: str | None, *, yes: bool) -> int:

@@ -41,6 +41,18 @@ def interleave(
 
     clock: seconds; `time.process_time` leaves out what other processes took, for work on one thread only.
     """
+    samples = interleaved_samples(functions, repeats=repeats, warmup=warmup, clock=clock)
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+
+
+def interleaved_samples(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """As `interleave`, but all seconds, round by round: for ratios within a round."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
@@ -49,7 +61,7 @@ def interleave(
             elapsed = clock() - begin
             if turn >= warmup:
                 samples[name].append(elapsed)
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+    return samples
 
 
 def record() -> dict[str, Any]:

@@ -2,8 +2,13 @@
 
     python benchmarks/tiers.py
 
-The whole path of a store is pool -> chunk -> frame -> tier, that of a load tier -> checked frame -> chunk -> pool. Raw
-is the same number of bytes through redis-py with hiredis, or a file in the page cache. One connection, one thread.
+The whole path of a store is pool -> sealed frame -> tier, that of a load tier -> checked frame -> pool. Raw is the same
+number of bytes through redis-py with hiredis on as many connections; a file read from the page cache, into new bytes
+that are thrown away (in the processor's cache, then) and into memory that is kept, 32 MiB in turns, as slots are; a
+file written and flushed. On one thread, and on two, as the engine loads and spills. Ratios are taken within a round;
+their median and quartiles are printed.
+
+Passes: what a load from disk is made of, each alone on values where they lie.
 
 Break-even: the time to the first token of prompts on a random model of SmolLM2-135M's shape, computed, and loaded from
 the tier by the engine as it is.
@@ -12,24 +17,29 @@ the tier by the engine as it is.
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import redis
 import torch
-from harness import Timing, interleave, table, write_results
+import xxhash
+from harness import interleave, interleaved_samples, table, write_results
 from redis_process import RedisProcess
 from shapes import random_model, random_tokens
 
 from stemcache import Engine, SamplingParams
 from stemcache.engine.cold import ColdOptions
 from stemcache.engine.restoration import LoadBudget
-from stemcache.prefixtree.chunk_frames import pack_chunks, unpack_chunks
+from stemcache.prefixtree.chunk_frames import ChunkDraft, unpack_bytes
 from stemcache.prefixtree.codecs.registry import get_codec
 from stemcache.prefixtree.frame import FrameHeader
 from stemcache.prefixtree.layout import KVLayout
@@ -42,85 +52,172 @@ from stemcache.prefixtree.tiers.tier import Tier, tier_key
 from stemcache.prefixtree.tokens import encode_tokens
 
 SIZES = [128 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]
+THREADS = [1, 2]
+IN_A_ROW = 4  # chunks in a round, as a prompt has more than one
+FLUSHES = 9
 ONE = SamplingParams(max_tokens=1, temperature=0)
 FAR = 60.0
+RATIOS = [  # ours, and what it is compared with
+    ("disk load", "file read"),
+    ("disk load", "file read, kept"),
+    ("redis load", "redis-py GET"),
+    ("redis store", "redis-py SET"),
+    ("disk store", "file flushed"),
+]
+Ways = Mapping[str, Callable[[], object]]
 
 
 class ChunkPath:
-    """One chunk on its way: `n` different keys, so that no cache is kinder than it will be."""
+    """Chunks on their way: 32 MiB of keys and of slots, so that no cache is kinder than it will be."""
 
-    def __init__(self, size: int, codec: str, n: int) -> None:
-        self.codec = get_codec(codec)
+    def __init__(self, size: int, codec: str) -> None:
+        self.size, self.codec = size, get_codec(codec)
         self.layout = KVLayout(layers=size >> 16, kv_heads=4, head_dim=64, dtype="bfloat16", chunk_tokens=64)
         assert self.layout.bytes_per_chunk == size
-        self.pool = KVPool(self.layout, 4)
+        self.n = max(4, (32 << 20) // size)
+        self.pool = KVPool(self.layout, self.n)
         self.pool.tensor.normal_()
         self.namespace = Namespace(bytes(32))
-        self.headers = [self._header(i) for i in range(n)]
-        self.turn = 0
+        self.headers = [self.header(i) for i in range(self.n)]
+        self.turns, self.new = count(), count(self.n)
 
-    def store(self, tier: Tier) -> None:
-        header = self._next()
-        frame = pack_chunks(header, [self.pool.read_chunk(self.turn % 4)], self.codec)
-        assert tier.store(tier_key(bytes(32), header.digest), frame, time.monotonic() + FAR) is None
+    def store(self, tier: Tier, number: int | None = None) -> None:
+        turn = next(self.turns)
+        header = self.headers[turn % self.n] if number is None else self.header(number)
+        draft = ChunkDraft(header, self.codec)
+        self.pool.copy_out(turn % self.n, draft.parts[0])
+        assert tier.store(tier_key(bytes(32), header.digest), draft.pack(), time.monotonic() + FAR) is None
 
     def load(self, tier: Tier) -> None:
-        header = self._next()
-        (value,) = tier.load([tier_key(bytes(32), header.digest)], time.monotonic() + FAR)
-        assert not isinstance(value, str), value
-        (chunk,) = unpack_chunks(value, header.digest, self.codec, layout=self.layout, namespace=self.namespace)
-        self.pool.write_chunk(self.turn % 4, chunk)
+        turn = next(self.turns)
+        header = self.headers[turn % self.n]
+        with tier.reading(tier_key(bytes(32), header.digest), time.monotonic() + FAR) as value:
+            assert not isinstance(value, str), value
+            (chunk,) = unpack_bytes(value, header.digest, self.codec, layout=self.layout, namespace=self.namespace)
+            self.pool.copy_in((turn + 1) % self.n, chunk)
 
-    def _next(self) -> FrameHeader:
-        self.turn += 1
-        return self.headers[self.turn % len(self.headers)]
+    def look(self, tier: Tier, *, check: bool = False, copy: bool = False) -> None:
+        """A part of `load`: the passes over the bytes without the frame."""
+        turn = next(self.turns)
+        key = tier_key(bytes(32), self.headers[turn % self.n].digest)
+        with tier.reading(key, time.monotonic() + FAR) as value:
+            assert not isinstance(value, str), value
+            chunk = memoryview(value)[-self.size :]
+            if check:
+                xxhash.xxh3_128_digest(chunk)
+            if copy:
+                self.pool.copy_in((turn + 1) % self.n, chunk)
 
-    def _header(self, i: int) -> FrameHeader:
+    def header(self, i: int) -> FrameHeader:
         return FrameHeader(self.codec.name, self.layout, self.namespace, bytes(32), encode_tokens([i] * 64))
 
 
-def throughput(size: int, url: str, folder: Path, codec: str, repeats: int) -> dict[str, float]:
-    """Median GB/s of each way, all in one interleaved run."""
-    n = max(4, min(16, (32 << 20) // size))
-    path, blob = ChunkPath(size, codec, n), torch.randn(size // 4).numpy().tobytes()
+def throughput(size: int, url: str, folder: Path, codec: str, repeats: int, threads: int) -> dict[str, list[float]]:
+    """Seconds a chunk of each way, round by round, in interleaved runs."""
+    path, blob = ChunkPath(size, codec), random.Random(0).randbytes(size)
     client = redis.Redis.from_url(url, protocol=2, socket_read_size=1 << 20)
+    folder = folder / f"{size}-{threads}"
     tiers: dict[str, Tier] = {
         "host": HostTier(1 << 30),
-        "disk": DiskTier(folder / str(size), 1 << 30),
+        "disk": DiskTier(folder, 2 << 30),
         "redis": RedisTier(f"{url}?prefix=bench"),
     }
-    files = [folder / f"{size}-{i}" for i in range(n)]
+    files = [folder / f"{i}.raw" for i in range(path.n)]
     for i, file in enumerate(files):
         file.write_bytes(blob)
         client.set(f"raw:{i}", blob)
-    for tier in tiers.values():
-        for _ in range(n):
-            path.store(tier)
-    turn = iter(range(1 << 30))
-    ways: dict[str, Any] = {f"{name} load": lambda tier=tier: path.load(tier) for name, tier in tiers.items()}
-    ways |= {
-        "redis raw GET": lambda: client.get(f"raw:{next(turn) % n}"),
-        "file raw": lambda: read(files[next(turn) % n]),
-        "redis store": lambda: path.store(tiers["redis"]),
-        "redis raw SET": lambda: client.set(f"raw:{next(turn) % n}", blob),
+        for tier in tiers.values():
+            path.store(tier, i)
+    turn, kept = count(), [(memoryview(bytearray(size)), file) for file in files]
+    ways: dict[str, Callable[[], object]] = {
+        f"{name} load": lambda t=tier: path.load(t) for name, tier in tiers.items()
     }
-    timings = interleave(ways, repeats=repeats, warmup=3)
-    timings["disk store"] = disk_store(tiers["disk"], path, n)
+    ways |= {
+        "file read": lambda: read(files[next(turn) % path.n]),
+        "file read, kept": lambda: read_into(*kept[next(turn) % path.n]),
+        "redis-py GET": lambda: client.get(f"raw:{next(turn) % path.n}"),
+        "redis store": lambda: path.store(tiers["redis"]),
+        "redis-py SET": lambda: client.set(f"raw:{next(turn) % path.n}", blob),
+    }
+    if codec == "raw":
+        ways |= {
+            "pass: none": lambda: path.look(tiers["disk"]),
+            "pass: checksum": lambda: path.look(tiers["disk"], check=True),
+            "pass: copy": lambda: path.look(tiers["disk"], copy=True),
+        }
+    flushed = {
+        "disk store": lambda: path.store(tiers["disk"], next(path.new)),
+        "file flushed": lambda: write(folder / f"{next(turn)}.new", blob),
+    }
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = interleaved_samples(on_threads(ways, pool, threads), repeats=repeats, warmup=3)
+        seconds |= interleaved_samples(on_threads(flushed, pool, threads), repeats=FLUSHES, warmup=1)
     for tier in tiers.values():
         tier.close()
     client.flushall()
-    return {name: size / timing.median / 1e9 for name, timing in timings.items()}
+    client.close()
+    return {way: [each / IN_A_ROW for each in samples] for way, samples in seconds.items()}
 
 
-def disk_store(tier: Tier, path: ChunkPath, n: int) -> Timing:
-    """New keys, since an old one is left as it is. Each store is flushed to the disk."""
-    tier.delete_namespace(bytes(32))
-    return interleave({"store": lambda: path.store(tier)}, repeats=n - 1, warmup=1)["store"]
+def on_threads(ways: Ways, pool: ThreadPoolExecutor, threads: int) -> Ways:
+    """The same, IN_A_ROW times in a call, by the threads of `pool` if there are several."""
+
+    def several(way: Callable[[], object]) -> None:
+        if threads == 1:
+            for _ in range(IN_A_ROW):
+                way()
+        else:
+            for done in [pool.submit(way) for _ in range(IN_A_ROW)]:
+                done.result()
+
+    return {name: lambda way=way: several(way) for name, way in ways.items()}
 
 
 def read(file: Path) -> bytes:
     with file.open("rb", buffering=0) as stream:
         return stream.read()
+
+
+def read_into(kept: memoryview, file: Path) -> None:
+    with file.open("rb", buffering=0) as stream:
+        assert stream.readinto(kept) == len(kept)
+
+
+def write(file: Path, blob: bytes) -> None:
+    with file.open("wb", buffering=0) as stream:
+        stream.write(blob)
+        os.fdatasync(stream.fileno())
+    file.unlink()
+
+
+def ratios(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """How fast each of ours is, relative to raw, within a round: median and quartiles."""
+    found = {}
+    for ours, raw in RATIOS:
+        each = sorted(other / own for own, other in zip(seconds[ours], seconds[raw], strict=True))
+        low, median, high = statistics.quantiles(each, n=4)
+        found[f"{ours} / {raw}"] = {"median": median, "low": low, "high": high}
+    return found
+
+
+def measure_throughput(url: str, folder: Path, codec: str, repeats: int, threads: int) -> dict[str, Any]:
+    """Take and print the tables of all sizes."""
+    rates: dict[int, dict[str, float]] = {}
+    compared: dict[int, dict[str, dict[str, float]]] = {}
+    for size in SIZES:
+        seconds = throughput(size, url, folder, codec, repeats, threads)
+        rates[size] = {way: size / statistics.median(each) / 1e9 for way, each in seconds.items()}
+        compared[size] = ratios(seconds)
+    columns = [f"{size >> 10} KiB" for size in SIZES]
+    print(f"\n{threads} thread{'s' * (threads > 1)}", flush=True)
+    print(table(["GB/s", *columns], [
+        [way, *(f"{rates[size][way]:.2f}" for size in SIZES)] for way in rates[SIZES[0]]
+    ]))  # fmt: skip
+    print(table(["ours / raw: median (quartiles)", *columns], [
+        [name, *("{median:.2f} ({low:.2f}, {high:.2f})".format(**compared[size][name]) for size in SIZES)]
+        for name in compared[SIZES[0]]
+    ]), flush=True)  # fmt: skip
+    return {"gigabytes_per_second": rates, "ratios": compared}
 
 
 @contextmanager
@@ -168,17 +265,13 @@ def main() -> None:
     parser.add_argument("--skip-break-even", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    payload: dict[str, Any] = {"codec": options.codec, "gigabytes_per_second": {}, "break_even": {}}
+    payload: dict[str, Any] = {"codec": options.codec, "threads": {}, "break_even": {}}
     with RedisProcess("maxmemory 1gb", "maxmemory-policy allkeys-lru") as server, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for size in SIZES:
-            payload["gigabytes_per_second"][size] = throughput(size, server.url, folder, options.codec, options.repeats)
-        rates = payload["gigabytes_per_second"]
-        print(table(["GB/s", *(f"{size >> 10} KiB" for size in SIZES)], [
-            [way, *(f"{rates[size][way]:.2f}" for size in SIZES)] for way in rates[SIZES[0]]
-        ]))  # fmt: skip
-        for ours, raw in (("redis load", "redis raw GET"), ("redis store", "redis raw SET"), ("disk load", "file raw")):
-            print(f"{ours} / {raw}: ", ", ".join(f"{rates[size][ours] / rates[size][raw]:.2f}" for size in SIZES))
+        for threads in THREADS:
+            payload["threads"][threads] = measure_throughput(
+                server.url, folder, options.codec, options.repeats, threads
+            )
         if not options.skip_break_even:
             for address in (f"disk://{folder}/break-even", server.url):
                 kind = address.partition(":")[0]

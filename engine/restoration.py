@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from stemcache.engine.sequence import Sequence
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.runs import Run
+from stemcache.prefixtree.shared_lock import SharedLock
 from stemcache.prefixtree.store import Lease
 from stemcache.prefixtree.tiers.tier import Tier
 
@@ -59,7 +58,10 @@ class Found:
 
 @dataclass(eq=False, slots=True)
 class Restoration:
-    """One prompt's chunks that are being looked for."""
+    """One prompt's chunks that are being looked for.
+
+    `writing` is shared by the threads that write into `slots`, and held alone to set `ended`: after that nobody writes.
+    """
 
     sequence: Sequence
     namespace: Namespace
@@ -70,8 +72,10 @@ class Restoration:
     digests: list[bytes]  # of the chunks after those that are there
     depth: int  # chunks that were there when it began
     objects: list[Found] = field(default_factory=list)
-    arrived: dict[int, list[Tensor]] = field(default_factory=dict)
+    slots: list[int] = field(default_factory=list)  # the lease's, when the loads began
+    arrived: set[int] = field(default_factory=set)
     committed: int = 0  # objects
     loading_since: float | None = None
     last_arrival: float = 0.0
+    writing: SharedLock = field(default_factory=SharedLock)
     ended: bool = False

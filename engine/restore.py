@@ -1,8 +1,9 @@
 """Restoring: chunks on their way back from the tiers to the device, while other requests compute.
 
 Invariants: the engine's thread never waits for a tier. A request waits for its chunks until its budget is spent and not
-longer; what has not arrived by then is computed. Slots are written by the engine's thread alone, from whole and checked
-chunks.
+longer; what has not arrived by then is computed. Slots are written from whole and checked chunks, by the threads that
+load them, and by nobody once the restoration has ended: its end waits for copies in memory that are under way, nothing
+else. (Copies made by the engine's thread instead would need the bytes for longer, or twice.)
 
 A restoration holds a lease with a claim, like a request that computes: so whoever needs the same chunks waits for them,
 nothing is loaded twice, and what has arrived is shared as soon as it is committed.
@@ -20,18 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Final
 
-from torch import Tensor
-
 from stemcache.engine.load_cost import LoadCost
 from stemcache.engine.restoration import Found, LoadBudget, Restoration, RestoreCounters
 from stemcache.engine.sequence import Sequence
-from stemcache.prefixtree.chunk_frames import unpack_chunks
+from stemcache.prefixtree.chunk_frames import unpack_bytes
 from stemcache.prefixtree.codecs.codec import Codec
 from stemcache.prefixtree.errors import CapacityError, FrameError
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import path_digests
 from stemcache.prefixtree.pool import KVPool
-from stemcache.prefixtree.runs import runs_after
+from stemcache.prefixtree.runs import Run, runs_after
 from stemcache.prefixtree.store import Lease, PrefixStore
 from stemcache.prefixtree.tiers.tier import Miss, Tier, tier_key
 from stemcache.prefixtree.tokens import TOKEN_BYTES, encode_tokens
@@ -186,31 +185,29 @@ class Restorer:
             self._end(restoration, "no_room")
             return
         restoration.objects = objects
+        restoration.slots = list(restoration.lease.slots)
         restoration.loading_since = time.monotonic()
-        for index in range(len(objects)):
-            self._executor.submit(self._load, restoration, index)
+        for index, found in enumerate(objects):
+            self._executor.submit(self._load, restoration, index, found)
 
-    def _arrived(self, restoration: Restoration, index: int, chunks: list[Tensor] | None, at: float) -> None:
-        """An object is here since `at`, or is not to be had: then nothing after it is of use."""
+    def _arrived(self, restoration: Restoration, index: int, is_here: bool, at: float) -> None:
+        """An object is in its slots since `at`, or is not to be had: then nothing after it is of use."""
         if restoration.ended:
             return
-        if chunks is None:
+        if not is_here:
             del restoration.objects[index:]
         elif index < len(restoration.objects):
-            restoration.arrived[index] = chunks
+            restoration.arrived.add(index)
             restoration.last_arrival = max(restoration.last_arrival, at)
         lease = restoration.lease
-        while (ready := restoration.arrived.pop(restoration.committed, None)) is not None:
+        while restoration.committed in restoration.arrived:
             found = restoration.objects[restoration.committed]
-            for depth, chunk in enumerate(ready, found.run.first):
-                if depth > lease.node.depth:
-                    self._pool.write_chunk(lease.slots[depth - 1], chunk)
             before = lease.node.depth
             self._commit(lease, restoration.tokens[: found.run.last * self._store.chunk_tokens])
             self.counters.tokens[found.tier.name] += (lease.node.depth - before) * self._store.chunk_tokens
             restoration.committed += 1
         if restoration.committed >= len(restoration.objects):
-            self._end(restoration, "loaded" if chunks is not None else "incomplete")
+            self._end(restoration, "loaded" if is_here else "incomplete")
 
     def _commit(self, lease: Lease, tokens: list[int]) -> None:
         self._restoring(True)
@@ -220,7 +217,8 @@ class Restorer:
             self._restoring(False)
 
     def _end(self, restoration: Restoration, how: str) -> None:
-        restoration.ended = True
+        with restoration.writing.alone():
+            restoration.ended = True
         if how == "no_room":  # nor can the sequence start before there is: then it is looked for again
             restoration.sequence.looked_below = False
         self._active.remove(restoration)
@@ -266,36 +264,46 @@ class Restorer:
             objects = []
         self._post(lambda: self._found(restoration, objects))
 
-    def _load(self, restoration: Restoration, index: int) -> None:
-        chunks = None
+    def _load(self, restoration: Restoration, index: int, found: Found) -> None:
+        is_here = False
         try:
             if not restoration.ended and index < len(restoration.objects):
-                chunks = self._chunks(restoration, restoration.objects[index])
+                is_here = self._fill(restoration, found)
         except Exception:
             log.exception("a load from a tier failed")
         at = time.monotonic()
-        self._post(lambda: self._arrived(restoration, index, chunks, at))
+        self._post(lambda: self._arrived(restoration, index, is_here, at))
 
-    def _chunks(self, restoration: Restoration, found: Found) -> list[Tensor] | None:
-        """The object's chunks, checked; None for a miss of any kind, which has been counted."""
-        (value,) = found.tier.load([found.key], restoration.deadline)
-        if isinstance(value, Miss):
-            return None
+    def _fill(self, restoration: Restoration, found: Found) -> bool:
+        """Bring an object's chunks, checked, into their slots; False for a miss of any kind, which has been counted."""
         try:
-            chunks = unpack_chunks(
-                value,
-                found.digest,
-                self._codec,
-                layout=self._pool.layout,
-                namespace=restoration.namespace,
-                secret=self._secret,
-            )
-            if len(chunks) != found.run.last - found.run.first + 1:
-                raise FrameError("header", "the object holds another number of chunks than its name says")
+            with found.tier.reading(found.key, restoration.deadline) as value:
+                if isinstance(value, Miss):
+                    return False
+                chunks = unpack_bytes(
+                    value,
+                    found.digest,
+                    self._codec,
+                    layout=self._pool.layout,
+                    namespace=restoration.namespace,
+                    secret=self._secret,
+                )
+                if len(chunks) != found.run.last - found.run.first + 1:
+                    raise FrameError("header", "the object holds another number of chunks than its name says")
+                return self._write(restoration, found.run, chunks)
         except FrameError as error:
             found.tier.counters.missed(error.reason)
             log.warning("an object of the %s tier was refused: %s", found.tier.name, error)
             if error.reason not in _OTHERS:
                 found.tier.delete([found.key])
-            return None
-        return chunks
+            return False
+
+    def _write(self, restoration: Restoration, run: Run, chunks: list[memoryview]) -> bool:
+        """Copy chunks that were not there before into their slots; False if they are nobody's any more."""
+        with restoration.writing:
+            if restoration.ended:
+                return False
+            for depth, chunk in enumerate(chunks, run.first):
+                if depth > restoration.depth:
+                    self._pool.copy_in(restoration.slots[depth - 1], chunk)
+            return True

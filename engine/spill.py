@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from torch import Tensor
-
-from stemcache.prefixtree.chunk_frames import pack_chunks
+from stemcache.prefixtree.chunk_frames import ChunkDraft
 from stemcache.prefixtree.codecs.codec import Codec
 from stemcache.prefixtree.frame import FrameHeader
 from stemcache.prefixtree.namespace import Namespace
@@ -54,20 +52,19 @@ class ColdPolicy(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class _Write:
-    """An object to be written: `header` and `chunks`, or `value` if it is packed already."""
+    """An object to be written: a `draft`, or a `value` that is packed already."""
 
     key: bytes
     to_host: bool
     parent: bytes | None = None
     node: Node | None = None
-    header: FrameHeader | None = None
-    chunks: Sequence[Tensor] = ()
+    draft: ChunkDraft | None = None
     value: Value | None = None
     cancelled: bool = False
 
     @property
     def n_bytes(self) -> int:
-        return sum(chunk.nbytes for chunk in self.chunks) + (0 if self.value is None else len(self.value))
+        return (self.draft.n_bytes if self.draft else 0) + (len(self.value) if self.value else 0)
 
 
 class Spiller:
@@ -233,8 +230,10 @@ class Spiller:
             parent=before.digest,
             tokens=b"".join(each.key for each in nodes),
         )
-        parent = _key(before) if before.parent is not None else None
-        return _Write(_key(node), to_host, parent, node, header, [self._pool.read_chunk(each.slot) for each in nodes])
+        draft = ChunkDraft(header, self._codec)
+        for each, part in zip(nodes, draft.parts, strict=True):
+            self._pool.copy_out(each.slot, part)
+        return _Write(_key(node), to_host, _key(before) if before.parent is not None else None, node, draft)
 
     def _put(self, item: _Write | Sequence[bytes], *, always: bool = False) -> bool:
         """Queue a write, or a path's keys to be touched; False if there is no room."""
@@ -281,8 +280,8 @@ class Spiller:
             return
         value = item.value
         if value is None:
-            assert item.header is not None
-            value = pack_chunks(item.header, item.chunks, self._codec, secret=self._secret)
+            assert item.draft is not None
+            value = item.draft.pack(self._secret)
         if item.cancelled:
             return
         deadline = time.monotonic() + STORE_SECONDS

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import torch
 from torch import Tensor
 
-from stemcache.prefixtree.codecs.codec import SINK_TOKENS, Codec
-from stemcache.prefixtree.frame import Buffer, FrameHeader, pack, unpack
+from stemcache.prefixtree.codecs.codec import SINK_TOKENS, Codec, byte_view, only_level, torch_dtype
+from stemcache.prefixtree.errors import FrameError
+from stemcache.prefixtree.frame import Buffer, Draft, Frame, FrameHeader, pack, unpack
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.namespace import Namespace
 
@@ -49,6 +51,32 @@ def pack_chunks(header: FrameHeader, chunks: Sequence[Tensor], codec: Codec, *, 
     return pack(header, [list(level) for level in zip(*encoded, strict=True)], secret=secret)
 
 
+class ChunkDraft:
+    """Consecutive chunks on their way out: copied now, made a frame of later, perhaps on another thread.
+
+    Attributes:
+        parts: where the bytes of each chunk are to be written (see `KVPool.copy_out`).
+        n_bytes: the chunks' size.
+    """
+
+    def __init__(self, header: FrameHeader, codec: Codec) -> None:
+        layout, n_chunks = header.layout, header.n_chunks
+        self._header, self._codec = header, codec
+        self.n_bytes = n_chunks * layout.bytes_per_chunk
+        if codec.is_identity:
+            self._draft = Draft(header, [layout.bytes_per_chunk] * n_chunks)
+            self.parts = self._draft.sections
+        else:
+            self._chunks = [torch.empty(layout.chunk_shape, dtype=torch_dtype(layout)) for _ in range(n_chunks)]
+            self.parts = [byte_view(chunk).data for chunk in self._chunks]
+
+    def pack(self, secret: bytes | None = None) -> Buffer:
+        """Return the frame that `pack_chunks` would make. All parts have been written."""
+        if self._codec.is_identity:
+            return self._draft.seal(secret)
+        return pack_chunks(self._header, self._chunks, self._codec, secret=secret)
+
+
 def unpack_chunks(
     data: Buffer,
     digest: bytes,
@@ -75,6 +103,23 @@ def unpack_chunks(
         secret=secret,
         allow_fewer_levels=allow_fewer_levels,
     )
+    return _decoded(frame, codec, layout)
+
+
+def unpack_bytes(
+    data: Buffer, digest: bytes, codec: Codec, *, layout: KVLayout, namespace: Namespace, secret: bytes | None = None
+) -> list[memoryview]:
+    """As `unpack_chunks`, but bytes, as `KVPool.copy_in` takes them: views of `data` if the codec is the identity."""
+    frame = unpack(data, digest, codec=codec.name, layout=layout, namespace=namespace, secret=secret)
+    if not codec.is_identity:
+        return [byte_view(chunk).data for chunk in _decoded(frame, codec, layout)]
+    chunks = [memoryview(only_level(levels)) for levels in zip(*frame.levels, strict=True)]
+    if any(len(chunk) != layout.bytes_per_chunk for chunk in chunks):
+        raise FrameError("payload", f"{list(map(len, chunks))} bytes where {layout.bytes_per_chunk} belong for each")
+    return chunks
+
+
+def _decoded(frame: Frame, codec: Codec, layout: KVLayout) -> list[Tensor]:
     by_chunk = zip(*frame.levels, strict=True)
     return [codec.decode(levels, layout, sinks=_sinks(frame.header, i)) for i, levels in enumerate(by_chunk)]
 

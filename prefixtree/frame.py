@@ -21,8 +21,10 @@ import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Final, TypeAlias
 
+import numpy as np
 import xxhash
 
 from stemcache.prefixtree.errors import FrameError
@@ -30,7 +32,7 @@ from stemcache.prefixtree.frame_header import MAX_LEVELS, SEAL_BYTES, Contents, 
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.namespace import Namespace
 
-__all__ = ["MAX_HEAD_BYTES", "VERSION", "Buffer", "Frame", "FrameHeader", "level_ends", "pack", "unpack"]
+__all__ = ["MAX_HEAD_BYTES", "VERSION", "Buffer", "Draft", "Frame", "FrameHeader", "level_ends", "pack", "unpack"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -61,15 +63,34 @@ def pack(header: FrameHeader, levels: Sequence[Sequence[Buffer]], *, secret: byt
         raise ValueError(
             f"{[len(level) for level in levels]} sections do not make 1 to 8 levels of {header.n_chunks} chunks"
         )
-    digest, key = header.digest, _key(secret)
     sections = [section for level in levels for section in level]
-    seals = [_seal(key, digest, section) for section in sections]
-    text = write_header(header, [memoryview(section).nbytes for section in sections], seals)
-    if len(text) > _MAX_HEADER:
-        raise ValueError(f"the header would have {len(text)} bytes, at most {_MAX_HEADER} are allowed")
-    flags = 0 if secret is None else _SEALED_BY_SECRET
-    head = _PREAMBLE.pack(_MAGIC, VERSION, flags, len(text), digest) + text
-    return b"".join([head, _seal(key, digest, head), *sections])
+    sizes = [memoryview(section).nbytes for section in sections]
+    return b"".join([_head(header, sizes, sections, _key(secret)), *sections])
+
+
+class Draft:
+    """A frame of one level whose sections are still to be written, in the memory where it will be.
+
+    What lies elsewhere (in a pool) is so copied once; `pack` would copy it again.
+
+    Attributes:
+        sections: where to write, one for each chunk.
+    """
+
+    def __init__(self, header: FrameHeader, sizes: Sequence[int]) -> None:
+        """sizes: of the sections. Raises ValueError unless there is one for each chunk."""
+        if len(sizes) != header.n_chunks:
+            raise ValueError(f"{len(sizes)} sections do not make a level of {header.n_chunks} chunks")
+        self._header, self._sizes = header, list(sizes)
+        self._start = len(_head(header, self._sizes, [b""] * len(sizes), None))  # seals do not change its length
+        self._data = np.empty(self._start + sum(sizes), dtype=np.uint8).data  # a bytearray would be zeroed first
+        ends = list(accumulate(sizes, initial=self._start))
+        self.sections = [self._data[begin:end] for begin, end in pairwise(ends)]
+
+    def seal(self, secret: bytes | None = None) -> memoryview:
+        """Return the frame, as `pack` makes it. The sections are written, and not changed any more."""
+        self._data[: self._start] = _head(self._header, self._sizes, self.sections, _key(secret))
+        return self._data.toreadonly()
 
 
 def unpack(
@@ -120,6 +141,17 @@ def level_ends(data: Buffer, digest: bytes, *, secret: bytes | None = None) -> l
     contents, start = _open(memoryview(data).cast("B"), digest, _key(secret))
     n_chunks = contents.header.n_chunks
     return [start + sum(contents.sizes[:end]) for end in range(n_chunks, len(contents.sizes) + 1, n_chunks)]
+
+
+def _head(header: FrameHeader, sizes: Sequence[int], sections: Sequence[Buffer], key: bytes | None) -> bytes:
+    """All that stands before the sections. Raises ValueError if it is too long."""
+    digest = header.digest
+    text = write_header(header, sizes, [_seal(key, digest, section) for section in sections])
+    if len(text) > _MAX_HEADER:
+        raise ValueError(f"the header would have {len(text)} bytes, at most {_MAX_HEADER} are allowed")
+    flags = 0 if key is None else _SEALED_BY_SECRET
+    head = _PREAMBLE.pack(_MAGIC, VERSION, flags, len(text), digest) + text
+    return head + _seal(key, digest, head)
 
 
 def _open(view: memoryview, digest: bytes, key: bytes | None) -> tuple[Contents, int]:

@@ -61,6 +61,7 @@ class CacheGenCodec:
 
     name = "cachegen"
     is_exact = False
+    is_identity = False
 
     def __init__(self) -> None:
         self._coder = EntropyCoder(_N_CLASSES, 2 * _FINE + 1)

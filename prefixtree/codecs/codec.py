@@ -31,10 +31,12 @@ class Codec(Protocol):
     Attributes:
         name: as users write it, and as frames and namespaces carry it. Another format needs another name.
         is_exact: whether decoding gives the very bits.
+        is_identity: whether the one level of a chunk is the chunk's own bytes, so that nobody need encode or decode.
     """
 
     name: str
     is_exact: bool
+    is_identity: bool
 
     def bits_per_value(self, layout: KVLayout) -> float:
         """Return the bits that each number of a chunk takes, scales included; an estimate where the data decides."""

@@ -36,6 +36,7 @@ class LosslessCodec:
 
     name = "lossless"
     is_exact = True
+    is_identity = False
 
     def bits_per_value(self, layout: KVLayout) -> float:
         return 8.0 * DTYPE_BYTES[layout.dtype] * _TYPICAL_SHARE[layout.dtype]

@@ -46,6 +46,7 @@ class QuantisedCodec:
     """The codec of one quantiser; see `Codec`."""
 
     is_exact = False
+    is_identity = False
 
     def __init__(self, name: str, quantiser: Quantiser) -> None:
         self.name = name

@@ -20,6 +20,7 @@ class RawCodec:
 
     name = "raw"
     is_exact = True
+    is_identity = True
 
     def bits_per_value(self, layout: KVLayout) -> float:
         return 8.0 * DTYPE_BYTES[layout.dtype]

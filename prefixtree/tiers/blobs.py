@@ -4,13 +4,14 @@ Invariant: what is no large string, and is not at the beginning of what the conn
 as ever.
 
 hiredis reads into a buffer, feeds that to its reader, and makes bytes of it: three copies of each megabyte. Packing a
-command is one more.
+command is one more. A bytearray to receive into would be zeroed first, an eighth of the time that a load takes here.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
 from redis.connection import DefaultParser, PythonRespSerializer
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -25,7 +26,7 @@ _Parser: Any = DefaultParser
 
 
 class _BlobParser(_Parser):  # type: ignore[misc]
-    """hiredis' parser, which takes large strings off the socket by itself. They come as bytearrays."""
+    """hiredis' parser, which takes large strings off the socket by itself. They come as memoryviews."""
 
     def read_response(self, disable_decoding: bool = False, *arguments: Any, **options: Any) -> Any:
         if self._reader is not None and not self._reader.has_data():
@@ -34,7 +35,7 @@ class _BlobParser(_Parser):  # type: ignore[misc]
                 return blob
         return super().read_response(disable_decoding, *arguments, **options)
 
-    def _blob(self) -> bytearray | None:
+    def _blob(self) -> memoryview | None:
         """The reply, if it is a large string; else None, and what was read of it is hiredis' to go on with."""
         try:
             n_read = self._sock.recv_into(self._buffer)
@@ -51,21 +52,18 @@ class _BlobParser(_Parser):  # type: ignore[misc]
         except OSError as error:
             raise RedisConnectionError(f"the connection broke: {type(error).__name__}") from None
 
-    def _receive(self, size: int, begin: memoryview) -> bytearray:
+    def _receive(self, size: int, begin: memoryview) -> memoryview:
         """The string of `size` bytes that begins with `begin`, and the line break after it off the socket too."""
-        blob = bytearray(size + 2)
-        view, n_read = memoryview(blob), min(len(begin), size + 2)
+        view, n_read = np.empty(size + 2, dtype=np.uint8).data, min(len(begin), size + 2)
         view[:n_read] = begin[:n_read]
         while n_read < size + 2:
             n_more = self._sock.recv_into(view[n_read:])
             if not n_more:
                 raise RedisConnectionError("the server closed the connection in the middle of a value")
             n_read += n_more
-        view.release()
-        if blob[size:] != b"\r\n" or len(begin) > size + 2:
+        if bytes(view[size:]) != b"\r\n" or len(begin) > size + 2:
             raise RedisConnectionError("the server's answer is out of step")
-        del blob[size:]
-        return blob
+        return view[:size]
 
 
 BlobParser: Any = _BlobParser if HIREDIS_AVAILABLE else DefaultParser

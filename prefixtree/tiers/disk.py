@@ -3,9 +3,8 @@
 Invariants: the file never exceeds `max_bytes`, and holds values of at most seven eighths of that, for LMDB writes new
 pages beside the old ones; a value is there whole or not at all, whenever the process or the machine dies: each
 transaction is flushed before it counts (`metasync=False` leaves out the second flush: at worst the last transaction is
-lost). Why LMDB and neither files nor SQLite: docs/tiers.md has the figures.
-
-Three tables: values by key; (time of the last use, size) by key; keys by (time of the last use, key).
+lost); and the file stays mapped while a value is being read where it lies. Why LMDB and neither files nor SQLite:
+docs/tiers.md has the figures.
 """
 
 from __future__ import annotations
@@ -15,19 +14,22 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from stemcache.prefixtree.errors import TierError
+from stemcache.prefixtree.shared_lock import SharedLock
+from stemcache.prefixtree.tiers.disk_tables import TABLES, DiskTables
 from stemcache.prefixtree.tiers.tier import KEY_BYTES, Miss, Refusal, TierCounters, TierStats, Value, namespace_prefix
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MIN_BYTES: Final = 16 << 20
 _FILE: Final = "data.mdb"
-_USE: Final = struct.Struct(">QI")  # nanoseconds since 1970, bytes
-_TOTAL: Final = b"bytes"
 
 # A full file is cleared this much at a time: one walk over the oldest for several stores.
 _EVICTION_SHARE: Final = 64
@@ -52,19 +54,41 @@ class DiskTier:
         self._max_values = max_bytes - max_bytes // 8
         self._trouble: str | None = None
         self._closed = False
+        self._is_resized = False
         self._writing = threading.Lock()
         self._touched: dict[bytes, None] = {}  # to be written with the next store
+        self._mapping = SharedLock()  # shared by transactions; held alone by who moves the mapping or takes it away
         self._env = _open(folder, max_bytes)
-        self._values, self._uses, self._order, self._meta = (
-            self._env.open_db(name) for name in (b"values", b"uses", b"order", b"meta")
-        )
+        self._tables = DiskTables(self._env)
 
     def lookup(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
-        found = self._read(lambda reader: [reader.get(key, db=self._uses) is not None for key in keys])
-        return [False] * len(keys) if found is None else found
+        found = self._transact(lambda reader: [self._tables.has(reader, key) for key in keys])
+        return found if isinstance(found, list) else [False] * len(keys)
 
     def load(self, keys: Sequence[bytes], deadline: float) -> list[Value | Miss]:
-        return [self._load(key, deadline) for key in keys]
+        found: list[Value | Miss] = []
+        for key in keys:
+            with self.reading(key, deadline) as value:
+                found.append(value if isinstance(value, Miss) else bytes(value))
+        return found
+
+    @contextmanager
+    def reading(self, key: bytes, deadline: float) -> Iterator[Value | Miss]:
+        """As in `Tier`: a view of the file's mapping. The transaction keeps its pages from being written again."""
+        begin = time.monotonic()
+        self._follow_size()
+        with self._mapping:
+            reader, value = (None, Miss.DEADLINE) if begin >= deadline else self._view(key)
+            try:
+                yield value
+            finally:
+                if isinstance(value, Miss):
+                    self.counters.missed(value)
+                else:  # its bytes came off the disk as they were read
+                    self.counters.loaded(len(value), time.monotonic() - begin)
+                    value.release()
+                if reader is not None:
+                    reader.abort()
 
     def store(self, key: bytes, value: Value, deadline: float) -> Refusal | None:
         refusal = self._store(key, value)
@@ -81,16 +105,16 @@ class DiskTier:
                 self._touched.pop(key, None)
                 self._touched[key] = None
             if len(self._touched) > _MAX_TOUCHES:
-                self._write(self._write_touches)
+                self._transact(self._write_touches, write=True)
 
     def delete(self, keys: Iterable[bytes]) -> bool:
         keys = list(keys)
         with self._writing:
-            gone = self._write(lambda writer: sum(self._remove(writer, key) for key in keys))
-        if gone is None:
+            gone = self._transact(lambda writer: [self._tables.remove(writer, key) for key in keys], write=True)
+        if not isinstance(gone, list):
             return self._closed
         with self.counters.lock:
-            self.counters.deletions += gone
+            self.counters.deletions += len(gone) - gone.count(None)
         return True
 
     def delete_namespace(self, namespace: bytes) -> bool:
@@ -101,28 +125,18 @@ class DiskTier:
 
     def scan(self, namespace: bytes | None = None) -> Iterator[tuple[bytes, int]]:
         prefix = b"" if namespace is None else namespace_prefix(namespace)
-
-        def walk(reader: Any) -> list[tuple[bytes, int]]:
-            cursor, found = reader.cursor(self._uses), []
-            if cursor.set_range(prefix):
-                for key, use in cursor:
-                    if not bytes(key).startswith(prefix):
-                        break
-                    found.append((bytes(key), _USE.unpack(use)[1]))
-            return found
-
-        found = self._read(walk)
-        if found is None:
+        found = self._transact(lambda reader: self._tables.scan(reader, prefix))
+        if not isinstance(found, list):
             raise TierError(f"the disk tier in {self._folder} cannot be read: {self._trouble}")
         return iter(found)
 
     def stats(self) -> TierStats:
-        counted = self._read(lambda reader: (reader.stat(self._uses)["entries"], self._total(reader)))
-        objects, n_bytes = counted or (None, None)
+        counted = self._transact(lambda reader: (self._tables.count(reader), self._tables.total(reader)))
+        objects, n_bytes = counted if isinstance(counted, tuple) else (None, None)
         return TierStats.of(
             self.name,
             self.counters,
-            is_available=counted is not None,
+            is_available=objects is not None,
             objects=objects,
             n_bytes=n_bytes,
             max_bytes=self._max_bytes,
@@ -130,155 +144,113 @@ class DiskTier:
         )
 
     def close(self) -> None:
+        """As in `Tier`. Waits for those who read a value: without the mapping they would end the process."""
         with self._writing:
-            if not self._closed:
-                if self._touched:
-                    self._write(self._write_touches)
-                self._closed = True
-                self._env.close()
+            if self._touched:
+                self._transact(self._write_touches, write=True)
+            self._closed = True
+        with self._mapping.alone():
+            self._env.close()
 
     def check(self) -> None:
-        """Raise AssertionError unless the three tables agree. For tests."""
+        """Raise AssertionError unless the tables agree and the limit holds. For tests."""
 
         def check(reader: Any) -> bool:
-            uses = {bytes(key): _USE.unpack(use) for key, use in reader.cursor(self._uses)}
-            sizes = {bytes(key): len(value) for key, value in reader.cursor(self._values)}
-            order = {
-                bytes(entry)[8:]: int.from_bytes(bytes(entry)[:8], "big") for entry, _ in reader.cursor(self._order)
-            }
-            assert sizes == {key: size for key, (_, size) in uses.items()}
-            assert order == {key: used for key, (used, _) in uses.items()}
-            assert sum(sizes.values()) == self._total(reader) <= self._max_values
+            self._tables.check(reader)
+            assert self._tables.total(reader) <= self._max_values
             return True
 
-        assert self._read(check)
+        assert self._transact(check) is True
 
-    def _load(self, key: bytes, deadline: float) -> Value | Miss:
-        begin = time.monotonic()
-        if begin >= deadline:
-            self.counters.missed(Miss.DEADLINE)
-            return Miss.DEADLINE
-        found = self._read(lambda reader: (_copied(reader.get(key, db=self._values)),))
-        if found is None or found[0] is None:
-            miss = Miss.UNAVAILABLE if found is None else Miss.ABSENT
-            self.counters.missed(miss)
-            return miss
-        value: bytes = found[0]
-        self.counters.loaded(len(value), time.monotonic() - begin)
-        return value
+    def _view(self, key: bytes) -> tuple[Any, memoryview | Miss]:
+        """The value in the mapping, which stays as it is until the transaction, if there is one, is aborted."""
+        if self._closed:
+            return None, Miss.UNAVAILABLE
+        try:
+            reader = self._env.begin(buffers=True)
+            value = self._tables.view(reader, key)
+        except self._errors as error:
+            self._note(error)
+            return None, Miss.UNAVAILABLE
+        return reader, Miss.ABSENT if value is None else value
 
     def _store(self, key: bytes, value: Value) -> Refusal | None:
         assert len(key) == KEY_BYTES
         if len(value) > self._max_values // 4:
             return Refusal.TOO_LARGE
         with self._writing:
-            for share in (0, 16, 4):  # pages in a row may be lacking where pages are not: make more room, and again
-                stored = self._write(lambda writer, share=share: self._put(writer, key, value, share))
-                if stored != "full":
+            for share in (None, 16, 4):  # pages in a row may be lacking where pages are not: make more room, and again
+                if share is not None:
+                    # A page that is freed can be written by the second transaction after that, and not before.
+                    self._transact(partial(self._make_room, self._max_values // share), write=True)
+                    self._transact(self._tables.renew, write=True)
+                refusal = self._transact(partial(self._put, key, value), write=True)
+                if refusal is not Refusal.FULL:
                     break
-        match stored:
-            case None:
-                return Refusal.UNAVAILABLE
-            case "full":
-                return Refusal.FULL
-            case _:
-                return None
+        return refusal
 
-    def _put(self, writer: Any, key: bytes, value: Value, share: int) -> bool:
+    def _put(self, key: bytes, value: Value, writer: Any) -> None:
         self._write_touches(writer)
-        room = self._max_values // share if share else len(value)
-        self._make_room(writer, max(room, len(value)))
-        if writer.get(key, db=self._uses) is not None:
-            self._use(writer, key)
-            return True
-        used = time.time_ns()
-        writer.put(key, value, db=self._values)
-        writer.put(key, _USE.pack(used, len(value)), db=self._uses)
-        writer.put(used.to_bytes(8, "big") + key, b"", db=self._order)
-        self._add_total(writer, len(value))
-        return True
+        self._make_room(len(value), writer)
+        if self._tables.has(writer, key):
+            self._tables.use(writer, key)
+        else:
+            self._tables.put(writer, key, value)
 
-    def _make_room(self, writer: Any, room: int) -> None:
-        total = self._total(writer)
-        if total + room <= self._max_values:
-            return
-        target = max(0, min(self._max_values - room, total - self._max_values // _EVICTION_SHARE))
-        n_evicted = 0
-        cursor = writer.cursor(self._order)
-        while total > target and cursor.first():
-            key = bytes(cursor.key())[8:]
-            size = self._remove(writer, key, sized=True)
-            if not size:  # an entry that names nothing: the tables were damaged
-                cursor.delete()
-            total -= size
-            n_evicted += 1
-        with self.counters.lock:
-            self.counters.evictions += n_evicted
-
-    def _remove(self, writer: Any, key: bytes, *, sized: bool = False) -> int:
-        """Returns 1, or the value's size, if it was there, else 0."""
-        use = writer.get(key, db=self._uses)
-        if use is None:
-            return 0
-        used, size = _USE.unpack(use)
-        writer.delete(key, db=self._values)
-        writer.delete(key, db=self._uses)
-        writer.delete(used.to_bytes(8, "big") + key, db=self._order)
-        self._add_total(writer, -size)
-        return size if sized else 1
-
-    def _use(self, writer: Any, key: bytes) -> None:
-        use = writer.get(key, db=self._uses)
-        if use is None:
-            return
-        before, size = _USE.unpack(use)
-        used = max(time.time_ns(), before + 1)
-        writer.delete(before.to_bytes(8, "big") + key, db=self._order)
-        writer.put(key, _USE.pack(used, size), db=self._uses)
-        writer.put(used.to_bytes(8, "big") + key, b"", db=self._order)
+    def _make_room(self, room: int, writer: Any) -> None:
+        total = self._tables.total(writer)
+        if total + room > self._max_values:
+            target = min(self._max_values - room, total - self._max_values // _EVICTION_SHARE)
+            n_evicted = self._tables.evict(writer, max(0, target))
+            with self.counters.lock:
+                self.counters.evictions += n_evicted
 
     def _write_touches(self, writer: Any) -> None:
         touched, self._touched = self._touched, {}
         for key in touched:
-            self._use(writer, key)
+            self._tables.use(writer, key)
 
-    def _total(self, reader: Any) -> int:
-        return int.from_bytes(reader.get(_TOTAL, db=self._meta, default=b""), "big")
-
-    def _add_total(self, writer: Any, n_bytes: int) -> None:
-        writer.put(_TOTAL, max(0, self._total(writer) + n_bytes).to_bytes(8, "big"), db=self._meta)
-
-    def _read(self, function: Any) -> Any:
-        """What `function` gives of a read transaction; None, and trouble noted, where the file cannot be read."""
-        return self._transact(function, write=False)
-
-    def _write(self, function: Any) -> Any:
-        """What `function` gives of a write transaction, or "full", or None; then nothing of it was done."""
-        return self._transact(function, write=True)
-
-    def _transact(self, function: Any, *, write: bool) -> Any:
+    def _transact(self, function: Callable[[Any], T], *, write: bool = False) -> T | Refusal:
+        """What `function` gives of a transaction. Where that fails nothing of it was done: FULL or UNAVAILABLE."""
         import lmdb
 
-        if self._closed:
-            return None
+        self._follow_size()
         try:
-            with self._env.begin(write=write, buffers=True) as transaction:
-                return function(transaction)
+            with self._mapping:
+                if self._closed:
+                    return Refusal.UNAVAILABLE
+                with self._env.begin(write=write, buffers=True) as transaction:
+                    return function(transaction)
         except lmdb.MapFullError:
-            return "full"
-        except lmdb.MapResizedError:  # another process has opened it with another size
-            self._env.set_mapsize(0)
-            return None
-        except (lmdb.Error, OSError, struct.error, ValueError) as error:
-            if str(error) != self._trouble:
-                log.warning("the disk tier in %s failed: %s", self._folder, error)
-            self._trouble = str(error)
-            return None
+            return Refusal.FULL
+        except self._errors as error:
+            self._note(error)
+            return Refusal.UNAVAILABLE
 
+    @property
+    def _errors(self) -> tuple[type[Exception], ...]:
+        import lmdb
 
-def _copied(value: Any) -> bytes | None:
-    """Out of the file's mapping, whose pages are another's as soon as the transaction ends."""
-    return None if value is None else bytes(value)
+        return lmdb.Error, OSError, struct.error, ValueError
+
+    def _follow_size(self) -> None:
+        """Map the file anew where that is due, unless somebody reads: then the next one may."""
+        if self._is_resized:
+            with self._mapping.alone_now() as nobody_reads:
+                if nobody_reads and not self._closed:
+                    self._env.set_mapsize(0)
+                    self._is_resized = False
+
+    def _note(self, error: Exception) -> None:
+        """Log what went wrong, once."""
+        import lmdb
+
+        if isinstance(error, lmdb.MapResizedError):  # another process has opened it with another size
+            self._is_resized = True
+            return
+        if str(error) != self._trouble:
+            log.warning("the disk tier in %s failed: %s", self._folder, error)
+        self._trouble = str(error)
 
 
 def _open(folder: Path, max_bytes: int) -> Any:
@@ -304,7 +276,7 @@ def _open_sound(folder: Path, max_bytes: int) -> Any:
     import lmdb
 
     env = lmdb.open(
-        str(folder), map_size=max_bytes, max_dbs=4, metasync=False, max_readers=512, mode=0o600, meminit=False
+        str(folder), map_size=max_bytes, max_dbs=TABLES, metasync=False, max_readers=512, mode=0o600, meminit=False
     )
     page, last = env.stat()["psize"], env.info()["last_pgno"]
     size = os.stat(folder / _FILE).st_size

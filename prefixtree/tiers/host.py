@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from stemcache.prefixtree.tiers.tier import Miss, Refusal, TierCounters, TierStats, Value, namespace_prefix
 
@@ -54,6 +55,9 @@ class HostTier:
                 self.counters.loaded(len(value), time.monotonic() - begin)
                 loaded.append(value)
         return loaded
+
+    def reading(self, key: bytes, deadline: float) -> AbstractContextManager[Value | Miss]:
+        return nullcontext(self.load([key], deadline)[0])
 
     def store(self, key: bytes, value: Value, deadline: float, *, parent: bytes | None = None) -> Refusal | None:
         """As in `Tier`. parent: the key of the object before this one, which then outlives it here."""

@@ -1,7 +1,7 @@
 """Redis or Valkey as a tier: one key for each object, and nothing else on the server.
 
-Invariants: no command names a key outside of the prefix; no message holds a value, a key's bytes or a password; and a
-server that does not answer costs one deadline, after which the breaker leaves it in peace.
+Invariant: no command names a key outside of the prefix. A server that does not answer costs one deadline, after which
+it is left in peace for a while (see `redis_server`).
 
 There is no index on the server: under `allkeys-lru` it would be evicted like everything else, and lie. The server's own
 `maxmemory` and its policy do the eviction; paths are touched leaf to root, so that beginnings outlive what follows.
@@ -9,34 +9,21 @@ There is no index on the server: under `allkeys-lru` it would be evicted like ev
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, Final, TypeVar
 
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    NoPermissionError,
-    OutOfMemoryError,
-    RedisClusterException,
-    RedisError,
-)
+from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError
 
 from stemcache.prefixtree.errors import TierError
 from stemcache.prefixtree.tiers.address import RedisAddress
-from stemcache.prefixtree.tiers.breaker import CircuitBreaker, Prober
-from stemcache.prefixtree.tiers.deadline import Deadline
+from stemcache.prefixtree.tiers.redis_server import CALL_SECONDS, RedisServer, reason_of
 from stemcache.prefixtree.tiers.tier import Miss, Refusal, TierCounters, TierStats, Value, namespace_prefix
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-CONNECT_SECONDS: Final = 0.5
-CALL_SECONDS: Final = 1.0
-"""For what has no deadline of its own: probes, touches, deletions. A load's is its caller's."""
 
 # Redis answers requests for a value of more than its memory by evicting everything else first; and values of over
 # 4 MiB are slow. A chunk is far smaller.
@@ -46,7 +33,6 @@ FULL_PAUSE: Final = 2.0
 """Seconds without stores after the server said that it is full. Loads go on."""
 
 _FAILURES: Final = (RedisError, RedisClusterException, OSError)
-_DENIALS: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
 _BATCH: Final = 256
 
 
@@ -61,16 +47,14 @@ class RedisTier:
 
     def __init__(self, url: str, *, password: str | None = None) -> None:
         self.counters = TierCounters()
-        self.warnings: list[str] = []
         self._address = RedisAddress.parse(url, password)
-        self._deadline = Deadline()
-        self._client: Any = None
-        self._breaker = CircuitBreaker()
-        self._trouble: str | None = None
+        self._server = RedisServer(self._address)
         self._full_until = 0.0
-        self._closed = False
-        self._probe_or_trip()
-        self._prober = Prober(self._breaker, self._probe, "stemcache-redis-probe")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with the server's settings, in sentences."""
+        return self._server.warnings
 
     # -- what requests need ------------------------------------------------------------------------------------------
 
@@ -83,7 +67,7 @@ class RedisTier:
                 pipeline.exists(name)
             return [bool(found) for found in pipeline.execute()]
 
-        found = self._call(ask, deadline) if names else []
+        found = self._server.ask(ask, deadline) if names else []
         if isinstance(found, Miss):
             self.counters.missed(found)
             return [False] * len(keys)
@@ -91,6 +75,9 @@ class RedisTier:
 
     def load(self, keys: Sequence[bytes], deadline: float) -> list[Value | Miss]:
         return [self._load(self._name(key), deadline) for key in keys]
+
+    def reading(self, key: bytes, deadline: float) -> AbstractContextManager[Value | Miss]:
+        return nullcontext(self.load([key], deadline)[0])
 
     def store(self, key: bytes, value: Value, deadline: float) -> Refusal | None:
         refusal = self._store(self._name(key), value, deadline)
@@ -113,7 +100,7 @@ class RedisTier:
             pipeline.execute()
 
         if names:
-            self._call(touch, time.monotonic() + CALL_SECONDS)
+            self._server.ask(touch, time.monotonic() + CALL_SECONDS)
 
     def delete(self, keys: Iterable[bytes]) -> bool:
         return self._unlink(self._name(key) for key in keys)
@@ -137,25 +124,18 @@ class RedisTier:
 
     def stats(self) -> TierStats:
         """What this process did; what the server holds is asked by `scan`, for it takes a walk over its keys."""
-        return TierStats.of(self.name, self.counters, is_available=not self._breaker.is_open, trouble=self._trouble)
+        return TierStats.of(
+            self.name, self.counters, is_available=self._server.is_available, trouble=self._server.trouble
+        )
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._prober.close()
-            if self._client is not None:
-                self._client.close()
-
-    def probe(self) -> str | None:
-        """Ask the server now; return what is wrong with it, in a sentence, or None. For administration."""
-        self._probe_or_trip()
-        return self._trouble
+        self._server.close()
 
     # -- one command -------------------------------------------------------------------------------------------------
 
     def _load(self, name: bytes, deadline: float) -> Value | Miss:
         ttl, begin = self._address.ttl_seconds, time.monotonic()
-        value: bytes | bytearray | Miss | None = self._call(
+        value: Value | Miss | None = self._server.ask(
             lambda client: client.get(name) if ttl is None else client.getex(name, ex=ttl), deadline
         )
         if value is None:
@@ -173,7 +153,7 @@ class RedisTier:
             return Refusal.FULL
         data = memoryview(value)
         try:
-            missed = self._call(lambda client: client.set(name, data, ex=self._address.ttl_seconds), deadline)
+            missed = self._server.ask(lambda client: client.set(name, data, ex=self._address.ttl_seconds), deadline)
         except OutOfMemoryError:
             self._full_until = time.monotonic() + FULL_PAUSE
             return Refusal.FULL
@@ -188,7 +168,7 @@ class RedisTier:
     def _unlink(self, names: Iterable[bytes]) -> bool:
         """One command a key, for a cluster has its keys on several nodes."""
         for some in _batches(names):
-            gone = self._call(partial(_unlinked, some), time.monotonic() + CALL_SECONDS)
+            gone = self._server.ask(partial(_unlinked, some), time.monotonic() + CALL_SECONDS)
             if isinstance(gone, Miss):
                 return False
             with self.counters.lock:
@@ -203,94 +183,13 @@ class RedisTier:
         try:
             yield from names
         except _FAILURES as error:
-            raise TierError(f"{self._address.shown} stopped answering: {_reason(error)}") from None
+            raise TierError(f"{self._address.shown} stopped answering: {reason_of(error)}") from None
 
     def _require(self, command: Callable[[Any], T]) -> T:
-        found = self._call(command, time.monotonic() + 10 * CALL_SECONDS)
+        found = self._server.ask(command, time.monotonic() + 10 * CALL_SECONDS)
         if isinstance(found, Miss):
-            raise TierError(f"{self._address.shown} does not answer: {self._trouble}")
+            raise TierError(f"{self._address.shown} does not answer: {self._server.trouble}")
         return found
-
-    def _call(self, command: Callable[[Any], T], deadline: float) -> T | Miss:
-        """Run a command under the breaker. Raises OutOfMemoryError only."""
-        if self._closed or self._breaker.is_open:
-            return Miss.UNAVAILABLE
-        if time.monotonic() >= deadline:
-            return Miss.DEADLINE
-        try:
-            with self._deadline.until(deadline):
-                answer = command(self._connected())
-        except OutOfMemoryError:
-            raise
-        except Exception as error:  # RedisError and OSError, and whatever else the library makes of garbage
-            self._note(error)
-            return Miss.DEADLINE if time.monotonic() >= deadline else Miss.UNAVAILABLE
-        self._breaker.succeeded()
-        return answer
-
-    def _note(self, error: Exception) -> None:
-        was_open = self._breaker.is_open
-        self._trouble = _reason(error)
-        if isinstance(error, _DENIALS):
-            self._breaker.trip(pause=30.0)
-        else:
-            self._breaker.failed()
-        if self._breaker.is_open and not was_open:
-            log.warning("the cold tier %s is left in peace for a while: %s", self._address.shown, self._trouble)
-            self._prober.wake()
-
-    # -- whether it is there -----------------------------------------------------------------------------------------
-
-    def _connected(self) -> Any:
-        if self._client is None:
-            self._client = self._address.connect(self._deadline, connect_seconds=CONNECT_SECONDS, seconds=CALL_SECONDS)
-        return self._client
-
-    def _probe_or_trip(self) -> None:
-        try:
-            self._probe()
-        except Exception as error:
-            log.warning("the cold tier %s cannot be used now: %s", self._address.shown, _reason(error))
-            self._breaker.trip(pause=30.0 if isinstance(error, _DENIALS) else 0.5)
-
-    def _probe(self) -> None:
-        """Raise unless the server answers a ping and a read."""
-        was_down = self._trouble is not None
-        try:
-            with self._deadline.until(time.monotonic() + CALL_SECONDS):
-                client = self._connected()
-                client.ping()
-                client.get(f"{self._address.prefix}:probe")
-        except Exception as error:
-            self._trouble = _reason(error)
-            raise
-        self._trouble = None
-        if was_down:
-            log.warning("the cold tier %s answers again", self._address.shown)
-        self._check_policy(client)
-
-    def _check_policy(self, client: Any) -> None:
-        """Say so once if the server will refuse stores when it is full, rather than make room."""
-        if self.warnings:
-            return
-        try:
-            with self._deadline.until(time.monotonic() + CALL_SECONDS):
-                found = client.config_get("maxmemory*")
-        except Exception:  # servers of a provider often forbid the question
-            return
-        policy, limit = found.get("maxmemory-policy", ""), found.get("maxmemory", "")
-        if policy == "noeviction" or (policy.startswith("volatile") and self._address.ttl_seconds is None):
-            self.warnings.append(
-                f"the Redis server {self._address.shown} has maxmemory-policy {policy}: once full it keeps "
-                "what it has and refuses what is new; set maxmemory-policy to allkeys-lru"
-            )
-        elif limit == "0":
-            self.warnings.append(
-                f"the Redis server {self._address.shown} has no maxmemory: it takes what memory its machine has; "
-                "set maxmemory, such as 4gb"
-            )
-        for warning in self.warnings:
-            log.warning(warning)
 
     # -- names -------------------------------------------------------------------------------------------------------
 
@@ -326,14 +225,3 @@ def _batches(names: Iterable[bytes]) -> Iterator[list[bytes]]:
     left = iter(names)
     while some := list(islice(left, _BATCH)):
         yield some
-
-
-def _reason(error: BaseException) -> str:
-    """An error in words. The library's own message may quote a command with its values, so only some are repeated."""
-    if isinstance(error, _DENIALS):
-        return "it refuses the user or password, or what they may do (see --cold and STEMCACHE_COLD_PASSWORD)"
-    if isinstance(error, TimeoutError) or type(error).__name__ == "TimeoutError":
-        return "it did not answer in time"
-    if isinstance(error, OSError) or type(error).__name__ in ("ConnectionError", "BusyLoadingError"):
-        return f"no connection ({type(error).__name__})"
-    return type(error).__name__

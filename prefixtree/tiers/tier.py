@@ -13,6 +13,7 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
@@ -171,6 +172,14 @@ class Tier(Protocol):
         """Return each key's bytes or why there are none, counted as hits and misses. Deletes nothing.
 
         The deadline is for all of it: what has not arrived whole by then is a miss.
+        """
+        ...
+
+    def reading(self, key: bytes, deadline: float) -> AbstractContextManager[Value | Miss]:
+        """Lend one key's bytes for the length of a `with` block, or say why there are none; counted as `load` counts.
+
+        Uncopied where the medium allows it. Within the block nobody changes them, whatever is evicted or deleted; after
+        it they are another's, and nothing may refer to them. Do not close the tier inside.
         """
         ...
 

@@ -28,6 +28,7 @@ from stemcache.engine.spill import ColdPolicy
 from stemcache.prefixtree.errors import TierError
 from stemcache.prefixtree.frame import FrameHeader, pack, unpack
 from stemcache.prefixtree.namespace import Namespace
+from stemcache.prefixtree.pool import KVPool
 from stemcache.prefixtree.tiers.disk import DiskTier
 from stemcache.prefixtree.tiers.open import open_tier
 from stemcache.prefixtree.tiers.tier import Miss
@@ -531,6 +532,26 @@ def test_a_server_that_hangs_costs_the_budget(make, server, answers) -> None:
     assert run(engine) == answers
 
 
+def test_a_load_that_comes_late_writes_into_no_slot_of_others(make, tmp_path, answers, monkeypatch) -> None:
+    """Budgets end while chunks are being copied: the slots are the load's until the copy is done, and not after."""
+    close_after(make(f"disk://{tmp_path}"), answers)
+    engine = make(f"disk://{tmp_path}", budget=HASTY)
+    restorer, copy_in, whose = engine._loop.cold.restorer, KVPool.copy_in, []
+
+    def slowly(pool: KVPool, slot: int, source: memoryview) -> None:
+        time.sleep(0.03)
+        copy_in(pool, slot, source)
+        whose.append(any(slot in each.slots and not each.ended for each in list(restorer._active)))
+
+    monkeypatch.setattr(KVPool, "copy_in", slowly)
+    for _ in range(3):
+        assert run(engine) == answers
+        engine.clear_cache()
+    assert ends(engine)["deadline"] >= 1
+    assert whose
+    assert all(whose)
+
+
 @pytest.mark.parametrize("mode", ["slow", "trickle", "cut"])
 def test_a_server_that_is_slow_or_trickles_or_breaks_off(make, server, answers, mode) -> None:
     close_after(make(server.url), answers)
@@ -590,7 +611,7 @@ def test_a_wrong_password(make, answers, caplog) -> None:
 
 def test_a_tier_with_a_bug_loses_nothing_but_chunks(make, answers, tmp_path, monkeypatch, caplog) -> None:
     engine = make(f"disk://{tmp_path}")
-    for name in ("lookup", "load", "store", "touch"):
+    for name in ("lookup", "reading", "store", "touch"):
         monkeypatch.setattr(DiskTier, name, lambda *_: 1 / 0)
     assert run(engine) == answers
     engine.clear_cache()

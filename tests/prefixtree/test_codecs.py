@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stemcache.prefixtree.chunk_frames import group_chunks, pack_chunks, unpack_chunks
-from stemcache.prefixtree.codecs.codec import torch_dtype
+from stemcache.prefixtree.chunk_frames import ChunkDraft, group_chunks, pack_chunks, unpack_bytes, unpack_chunks
+from stemcache.prefixtree.codecs.codec import byte_view, torch_dtype
 from stemcache.prefixtree.codecs.entropy import EntropyCoder
 from stemcache.prefixtree.codecs.packing import pack_codes, pack_thirds, unpack_codes, unpack_thirds
 from stemcache.prefixtree.codecs.registry import CODEC_NAMES, get_codec
@@ -446,6 +446,14 @@ def test_groups_of_chunks_through_a_frame(name: str, layout: KVLayout) -> None:
             assert torch.equal(got, codec.decode(codec.encode(chunk, sinks=kept), layout, sinks=kept))
             exact = codec.is_exact or kept
             assert torch.equal(bits(got[:, :, :, :4]), bits(chunk[:, :, :, :4])) == bool(exact)
+        draft = ChunkDraft(header, codec)
+        for part, chunk in zip(draft.parts, chunks, strict=True):
+            part[:] = byte_view(chunk).data
+        assert draft.n_bytes == sum(chunk.nbytes for chunk in chunks)
+        assert draft.pack(b"s") == data
+        in_bytes = unpack_bytes(data, header.digest, codec, layout=layout, namespace=NAMESPACE, secret=b"s")
+        assert [bytes(each) for each in in_bytes] == [byte_view(got).tobytes() for got in found]
+        assert all(each.obj is data for each in in_bytes) == codec.is_identity
 
 
 def test_a_frame_of_another_codec_or_of_a_wrong_payload_is_refused() -> None:
@@ -457,6 +465,10 @@ def test_a_frame_of_another_codec_or_of_a_wrong_payload_is_refused() -> None:
         unpack_chunks(data, header.digest, get_codec("lossless"), **expected)  # type: ignore[arg-type]
     with pytest.raises(FrameError, match="1280 belong"):
         unpack_chunks(pack(header, [[b"short"]]), header.digest, get_codec("raw"), **expected)  # type: ignore[arg-type]
+    for levels in ([[b"short"]], [[bytes(1280)], [bytes(1280)]]):
+        with pytest.raises(FrameError) as caught:
+            unpack_bytes(pack(header, levels), header.digest, get_codec("raw"), **expected)  # type: ignore[arg-type]
+        assert caught.value.reason == "payload"
 
 
 def test_chunks_must_be_what_the_header_says() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stemcache.prefixtree import frame as frame_module
 from stemcache.prefixtree.errors import FrameError
-from stemcache.prefixtree.frame import MAX_HEAD_BYTES, Frame, FrameHeader, level_ends, pack, unpack
+from stemcache.prefixtree.frame import MAX_HEAD_BYTES, Draft, Frame, FrameHeader, level_ends, pack, unpack
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node, chain_digest
@@ -305,5 +305,7 @@ def test_callers_mistakes() -> None:
             pack(HEADER, levels)
     with pytest.raises(ValueError, match="empty secret"):
         pack(HEADER, LEVELS, secret=b"")
+    with pytest.raises(ValueError, match="2 sections"):
+        Draft(HEADER, [1, 2])
     with pytest.raises(ValueError, match="header would have"):
         pack(header_of(3, codec="x" * 70_000), LEVELS)

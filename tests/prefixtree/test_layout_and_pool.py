@@ -106,6 +106,34 @@ def test_a_chunk_that_is_written_changes_its_slot_and_nothing_else() -> None:
         assert torch.equal(pool.read_chunk(slot), other.read_chunk(slot))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_bytes_go_straight_out_and_in(dtype: str, on_cpu: bool) -> None:
+    """As the tensor's way does it, from and into memory of others; the way for another device is tried here as well."""
+    layout = KVLayout(layers=3, kv_heads=2, head_dim=5, dtype=dtype, chunk_tokens=16)
+    pool, size = KVPool(layout, 4), layout.bytes_per_chunk
+    pool.tensor.copy_(torch.randn(pool.tensor.shape, generator=torch.Generator().manual_seed(0)))
+    if not on_cpu:
+        pool._bytes = None
+    before, chunk = pool.tensor.clone(), bytearray(size)
+    pool.copy_out(2, memoryview(chunk))
+    assert bytes(chunk) == pool.read_chunk(2).view(torch.uint8).numpy().tobytes()
+    pool.copy_in(1, memoryview(bytes(chunk)))
+    before[:, :, :, 1] = before[:, :, :, 2]
+    assert torch.equal(pool.tensor, before)
+    for wrong in (bytes(size - 1), bytes(size + 1)):
+        with pytest.raises(ValueError, match=f"has {size} bytes, not {len(wrong)}"):
+            pool.copy_in(1, wrong)
+        with pytest.raises(ValueError, match=f"has {size} bytes"):
+            pool.copy_out(1, memoryview(bytearray(wrong)))
+    for slot in (-1, 4):
+        with pytest.raises(IndexError, match="no slot"):
+            pool.copy_in(slot, chunk)
+        with pytest.raises(IndexError, match="no slot"):
+            pool.copy_out(slot, memoryview(chunk))
+    assert torch.equal(pool.tensor, before)
+
+
 @pytest.mark.parametrize("slot", [-1, 4])
 def test_slots_that_are_not_there_are_neither_read_nor_written(slot: int) -> None:
     pool = random_pool()

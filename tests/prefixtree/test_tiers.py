@@ -54,6 +54,7 @@ def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
         case "redis+cluster":
             process = request.getfixturevalue("cluster")
             made = RedisTier(f"redis+cluster://127.0.0.1:{process.port}")
+            until(lambda: made.stats().is_available)  # a busy machine may take longer than a probe may
         case "rediss":
             made = RedisTier(request.getfixturevalue("tls_url"))
         case kind:
