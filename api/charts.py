@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stemcache.prefixtree.errors import StemcacheError
 from stemcache.ragcache.errors import MissingExtraError
@@ -28,7 +28,7 @@ GREEN: Final = "#00806a"
 _LINES: Final = (BLUE, "#d98a00", GREEN, "#a8558a", "#c2410c")  # Okabe and Ito's, a little darker, as on the live page
 
 # Dark on white whatever the viewer's own background is; text as text, so that it can be searched and stays small.
-_STYLE: Final = {
+_STYLE: Final[dict[Any, Any]] = {
     "svg.hashsalt": "stemcache",
     "svg.fonttype": "none",
     "font.size": 10.0,

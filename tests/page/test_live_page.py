@@ -12,6 +12,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from stemcache.api import cli
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, FactDocument
 
@@ -78,7 +79,11 @@ def test_what_the_cold_tier_has_is_told_apart(visit: Visit, server: ServerProces
 
 
 def test_what_was_evicted_is_drawn_below_until_it_is_asked_for_again_or_deleted(
-    crowded: ServerProcess, visit: Visit, corpus: list[FactDocument]
+    crowded: ServerProcess,
+    visit: Visit,
+    corpus: list[FactDocument],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     system = {"role": "system", "content": SYSTEM_PROMPT}
     with httpx.Client(base_url=crowded.url, trust_env=False, timeout=60) as client:
@@ -107,6 +112,11 @@ def test_what_was_evicted_is_drawn_below_until_it_is_asked_for_again_or_deleted(
             if each.endswith("only in a tier below the device, which may have lost it since")
         ]
         assert len(labels) == len(below)
+        monkeypatch.setenv("COLUMNS", "200")
+        assert cli.main(["tree", "--max-nodes", "600", "--url", crowded.url]) == 0
+        printed = capsys.readouterr().out
+        assert f"; {total} more only in a tier below" in printed
+        assert printed.count("which may have lost it since") == len(below)
         oldest = max(below, key=lambda node: node["idle_seconds"])["id"]
         expect(page.locator(f"#box-{oldest}")).to_have_class(re.compile("below"))
         ask(corpus[0])
