@@ -3,7 +3,7 @@
 # several times as large. The last stages hold a virtual environment and nothing that was needed to make it.
 
 FROM python:3.11.14-slim-bookworm AS build
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/stemcache
 ENV PATH=/opt/stemcache/bin:$PATH
 WORKDIR /src
@@ -13,21 +13,21 @@ WORKDIR /src
 FROM build AS build-cpu
 ARG TORCH=torch==2.13.0
 # hadolint ignore=DL3013
-RUN --mount=type=cache,target=/var/cache/pip \
+RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --index-url https://download.pytorch.org/whl/cpu "$TORCH"
 COPY . .
 # hadolint ignore=DL3013
-RUN --mount=type=cache,target=/var/cache/pip \
+RUN --mount=type=cache,target=/root/.cache/pip \
     pip install ".[redis,rag,codecs,otel]"
 
 FROM build AS build-gpu
 ARG TORCH=torch==2.13.0
 # hadolint ignore=DL3013
-RUN --mount=type=cache,target=/var/cache/pip \
+RUN --mount=type=cache,target=/root/.cache/pip \
     pip install "$TORCH"
 COPY . .
 # hadolint ignore=DL3013
-RUN --mount=type=cache,target=/var/cache/pip \
+RUN --mount=type=cache,target=/root/.cache/pip \
     pip install ".[gpu,redis,rag,codecs,otel]"
 
 FROM python:3.11.14-slim-bookworm AS runtime

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -24,8 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from stemcache.api.bench_chart import chart
 from stemcache.api.cache_client import ask_server, key_headers
+from stemcache.api.charts import draw_dots, require_charts
 from stemcache.prefixtree.errors import StemcacheError
 from stemcache.ragcache.server_answer import base_of
 
@@ -54,6 +55,8 @@ class Sample:
 
 def bench(options: argparse.Namespace) -> int:
     """Run it, print a table, write what was asked for. Raises StemcacheError, OSError."""
+    if options.chart:
+        require_charts(options.chart)
     rng = random.Random(options.seed) if options.seed is not None else random.Random()
     model = ask_server(options.url, "GET", "models")["data"][0]["id"]
     bodies = [body | {"model": model} for body in _requests(rng, options)]
@@ -65,8 +68,15 @@ def bench(options: argparse.Namespace) -> int:
         figures = {"seconds": seconds, "requests": [asdict(sample) for sample in samples]}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     if options.chart:
-        options.chart.write_text(chart([(s.prompt_tokens - (s.cached_tokens or 0), s.ttft) for s in samples]))
+        _draw(samples, options.chart)
     return 0
+
+
+def _draw(samples: Sequence[Sample], path: Path) -> None:
+    """Each request as a dot, by how much of its prompt was computed."""
+    title = "Time to the first token, by what was not cached"
+    points = [(s.prompt_tokens - (s.cached_tokens or 0), 1000 * s.ttft) for s in samples]
+    draw_dots(title, "tokens of the prompt computed", "milliseconds", points, path)
 
 
 def _requests(rng: random.Random, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -216,6 +216,7 @@ class TreeNode(Answer):
     depth: int
     chunks: int
     tokens: int
+    tier: Literal["device", "below"]
     stored_tokens: int
     sharers: int
     children: int
@@ -231,6 +232,7 @@ class CacheTree(Answer):
     chunk_tokens: int
     cached_tokens: int
     shown_tokens: int
+    below_tokens: int
     children: int
     hidden_children: int
     nodes: list[TreeNode]

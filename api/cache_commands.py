@@ -60,7 +60,8 @@ def tree(options: argparse.Namespace) -> int:
     query = {"max_nodes": options.max_nodes, "text": options.text}
     answer = ask_cache(options.url, "GET", "tree", params=query)
     shown = "" if answer["shown_tokens"] == answer["cached_tokens"] else f", {answer['shown_tokens']} shown"
-    drawn = Tree(Text(f"{answer['cached_tokens']} tokens cached{shown}, in chunks of {answer['chunk_tokens']}"))
+    below = f"; {answer['below_tokens']} more only in a tier below" if answer["below_tokens"] else ""
+    drawn = Tree(Text(f"{answer['cached_tokens']} tokens cached{shown}, in chunks of {answer['chunk_tokens']}{below}"))
     at: dict[str | None, Tree] = {None: drawn}
     for node in answer["nodes"]:
         at[node["id"]] = at[node["parent"]].add(_label(node))
@@ -118,10 +119,14 @@ def _divergence(divergence: Mapping[str, Any]) -> Table:
 
 
 def _label(node: Mapping[str, Any]) -> Text:
-    sharers = node["sharers"]
-    label = Text(f"{node['tokens']} tokens", style="bold green" if sharers else "bold")
+    sharers, is_below = node["sharers"], node["tier"] == "below"
+    label = Text(f"{node['tokens']} tokens", style="bold green" if sharers else "cyan" if is_below else "bold")
     use = f"{sharers} sharer{'s' if sharers > 1 else ''}" if sharers else f"idle {node['idle_seconds']:.0f} s"
     label.append(f"  {use}", style="green" if sharers else "dim")
+    if is_below:
+        label.append("  only in a tier below, which may have lost it since", style="cyan")
+    elif node["stored_tokens"] >= node["tokens"]:
+        label.append("  also in a tier below", style="dim")
     if "text" in node:
         label.append(f"  {_plain(node['text'].strip()[:60])}", style="not bold")
     return label

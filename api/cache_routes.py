@@ -100,7 +100,10 @@ class CacheRoutes:
         return {"object": "list", "data": found}
 
     async def tree(self, query: Annotated[TreeQuery, Query()], request: Request) -> Json:
-        """The caller's prefix tree, level by level and latest first. Unbranched chains of chunks are one node."""
+        """The caller's prefix tree, level by level and latest first. Unbranched chains of chunks are one node.
+
+        A node whose tier is "below" has left the device. A tier below it was given a copy, and may have lost it since.
+        """
         if query.text and not self._show_text:
             raise HTTPException(403, "This server shows no cached text: start it with --show-cache-text.")
         return await asyncio.to_thread(self._draw, query, _owner(query.cache_salt))
@@ -183,6 +186,7 @@ class CacheRoutes:
             "chunk_tokens": size,
             "cached_tokens": tree.cached_chunks * size,
             "shown_tokens": tree.shown_chunks * size,
+            "below_tokens": tree.below_chunks * size,
             "children": tree.children,
             "hidden_children": tree.hidden_children,
             "nodes": [
@@ -193,6 +197,7 @@ class CacheRoutes:
                     "depth": branch.depth,
                     "chunks": branch.chunks,
                     "tokens": branch.chunks * size,
+                    "tier": "below" if branch.is_below else "device",
                     "stored_tokens": branch.stored_chunks * size,
                     "sharers": branch.sharers,
                     "children": branch.children,

@@ -185,7 +185,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--max-tokens", type=positive, default=16, help="of each answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="the same requests again; by default texts that nobody has seen")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a file, as SVG")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a file, .svg or .png")
 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -198,7 +198,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--max-shift", type=positive, metavar="N", help="also: documents moved by N places at most")
     parser.add_argument("--backlog", type=positive, metavar="N", help="also: both queues, with N requests waiting")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a file, as SVG")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a file, .svg or .png")
     made = parser.add_argument_group("synthetic workloads, without --trace")
     made.add_argument("--k", type=positive, nargs="+", default=[2, 5], help="documents per request (default: 2 5)")
     made.add_argument("--requests", type=positive, default=6_000, help="default: %(default)s")

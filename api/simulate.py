@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from stemcache.api.charts import BLUE, GREEN, GREY, Bar, draw_bars, require_charts
 from stemcache.ragcache.simulate import Setup
-from stemcache.ragcache.simulate_report import SETUPS, Figure, as_json, chart, compare, table
+from stemcache.ragcache.simulate_report import BOUNDS, SETUPS, Figure, as_json, compare, table
 from stemcache.ragcache.simulate_trace import Trace, TraceError, read_trace
 from stemcache.ragcache.simulate_workload import Workload
 
 
 def simulate(options: argparse.Namespace) -> int:
-    """Run the comparison, print it, write what was asked for. Raises TraceError, OSError."""
+    """Run the comparison, print it, write what was asked for. Raises StemcacheError, OSError."""
+    if options.chart:
+        require_charts(options.chart)
     workloads = _traces(options) if options.trace else _synthetic(options)
     setups = [*SETUPS, *_more_setups(options)]
     seeds = [0] if options.trace else options.seeds
@@ -39,8 +44,20 @@ def simulate(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps({"figures": as_json(figures)}, indent=2) + "\n")
     if options.chart:
-        options.chart.write_text(chart(figures))
+        draw_rates(figures, options.chart)
     return 0
+
+
+def draw_rates(figures: Sequence[Figure], path: Path) -> None:
+    """Document hit rates: a block a workload, a bar a set-up, a whisker the deviation over seeds."""
+    panels: dict[str, list[Bar]] = {}
+    for figure in figures:
+        rates, setup = figure.document_rates, figure.setup
+        rate, spread = mean(rates), stdev(rates) if len(rates) > 1 else 0.0
+        color = GREY if setup in BOUNDS else GREEN if "cache order" in setup else BLUE
+        bar = Bar(setup, rate, rate - spread, rate + spread, f"{rate:.3f}", color)
+        panels.setdefault(f"{figure.workload}: documents hit", []).append(bar)
+    draw_bars(panels, path)
 
 
 def _traces(options: argparse.Namespace) -> dict[str, Callable[[int], Trace]]:

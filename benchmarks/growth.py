@@ -19,9 +19,9 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from chart import Panel, draw
 from harness import table, write_results
 
+from stemcache.api.charts import Lines, draw_lines
 from stemcache.engine.detokenizer import Detokenizer
 from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.scheduler import Scheduled, Scheduler
@@ -168,16 +168,15 @@ def by_sequences(n: int, repeats: int) -> dict[str, float]:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def chart(trees: dict[int, dict[str, float]], steps: dict[int, dict[str, float]]) -> str:
-    """Both as lines, microseconds."""
+def chart(trees: dict[int, dict[str, float]], steps: dict[int, dict[str, float]]) -> None:
+    """Draw both as lines, microseconds."""
     operations = {name: [(n, row[name] * 1e6) for n, row in trees.items()] for name in next(iter(trees.values()))}
     parts = {name: [(n, row[name] * 1e6) for n, row in steps.items()] for name in next(iter(steps.values()))}
-    return draw(
-        [
-            Panel("One operation as the tree grows", "chunks in the tree", "microseconds", operations),
-            Panel("One step as sequences grow", "decoding sequences", "microseconds a step", parts),
-        ]
-    )
+    panels = [
+        Lines("One operation as the tree grows", "chunks in the tree", "microseconds", operations),
+        Lines("One step as sequences grow", "decoding sequences", "microseconds a step", parts),
+    ]
+    draw_lines(panels, CHART)
 
 
 def main() -> None:
@@ -201,7 +200,7 @@ def main() -> None:
     print(table(["sequences", *parts], cells))
     if quick:
         return
-    CHART.write_text(chart(trees, steps))
+    chart(trees, steps)
     settings: dict[str, Any] = {"chunk_tokens": CHUNK, "prompt_chunks": PROMPT_CHUNKS}
     print(write_results("growth", {**settings, "tree": trees, "sequences": steps}))
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from harness import table as text_table
 from harness import write_results
 
-from stemcache.ragcache.simulate_report import Figure, as_json, chart, compare, merge, table
+from stemcache.api.simulate import draw_rates
+from stemcache.ragcache.simulate_report import Figure, as_json, compare, merge, table
 from stemcache.ragcache.simulate_workload import Workload
 
 SEEDS = (7, 11, 23, 42, 99)
@@ -51,7 +52,7 @@ def main() -> None:
     print(text_table(*table(figures)))
     if options.quick:
         return
-    CHART.write_text(chart(figures))
+    draw_rates(figures, CHART)
     settings = {"seeds": SEEDS, "capacity_tokens": CAPACITY_TOKENS, "chunk_tokens": CHUNK_TOKENS}
     print(write_results("policies", {**settings, "figures": as_json(figures)}))
 

@@ -73,11 +73,19 @@ class Cache:
         tenant: bytes = b"",
         cache_salt: bytes = b"",
     ) -> TreeSnapshot:
-        """A picture of up to `max_chunks` chunks, down to `max_depth` chunks from the root."""
-        namespace = self._namespace(tenant, cache_salt)
-        return self._loop.call(
-            lambda: self._loop.store.snapshot(namespace, max_chunks, max_depth=max_depth, with_tokens=with_tokens)
-        )
+        """A picture of up to `max_chunks` chunks, down to `max_depth` chunks from the root.
+
+        Also of chunks that left the device for a tier below, as far as they are remembered. No tier is asked.
+        """
+        namespace, spiller = self._namespace(tenant, cache_salt), self._loop.cold.spiller
+
+        def draw() -> TreeSnapshot:
+            spiller.settle()
+            return self._loop.store.snapshot(
+                namespace, max_chunks, max_depth=max_depth, with_tokens=with_tokens, below=spiller.below
+            )
+
+        return self._loop.call(draw)
 
     def explain(self, prompt: Sequence[int], *, tenant: bytes = b"", cache_salt: bytes = b"") -> Explanation:
         """What a request with this prompt would find now, and why not more. Its last token is computed in any case."""
@@ -151,6 +159,7 @@ class Cache:
         def unblock() -> None:
             for namespace in namespaces:
                 cold.restorer.unblock(namespace)
+                cold.spiller.below.forget(namespace)
                 for node in self._loop.store.chunks(namespace):
                     node.is_cold = node.is_covered = False  # what is left goes to the tiers again, in its time
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from stemcache.prefixtree.below import ChunksBelow
 from stemcache.prefixtree.chunk_frames import ChunkDraft
 from stemcache.prefixtree.codecs.codec import Codec
 from stemcache.prefixtree.frame import FrameHeader
@@ -27,7 +28,7 @@ from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.pool import KVPool
 from stemcache.prefixtree.runs import nodes_of_run
 from stemcache.prefixtree.tiers.host import HostTier
-from stemcache.prefixtree.tiers.tier import Tier, Value, tier_key
+from stemcache.prefixtree.tiers.tier import Tier, Value, digest_of, tier_key
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,9 @@ class Spiller:
         self.pending_bytes = 0
         self.restoring = False  # what is published now came from a tier
         self.keeps_out: Callable[[Namespace], bool] = lambda namespace: False  # whose chunks must not be copied
+        self.below = ChunksBelow()  # the engine's thread's
         self._unwritten: deque[Node] = deque()
+        self._lost: deque[bytes] = deque()  # digests that name objects which no tier has any more
         self._touched: OrderedDict[bytes, float] = OrderedDict()
         self._changed = threading.Condition()
         self._queue: deque[_Write | Sequence[bytes]] = deque()
@@ -107,7 +110,7 @@ class Spiller:
 
     def published(self, node: Node) -> None:
         """Note that a chunk has joined the tree."""
-        self._take_back_unwritten()
+        self.settle()
         if self.restoring:
             node.is_cold = True
             return
@@ -144,13 +147,23 @@ class Spiller:
 
     def evicted(self, nodes: Iterable[Node]) -> None:
         """Note that chunks are about to lose their slots, children before parents."""
-        self._take_back_unwritten()
+        self.settle()
         for node in nodes:
+            in_another = node.is_covered and bool(self.below.children(node.digest)) and node.depth % self._group != 0
+            is_named = self._has_own(node) if in_another else self._spill(node)
+            if not (in_another or is_named):
+                continue
+            self.below.remember(node, is_named=is_named)
             parent = node.parent
             if parent is not None and parent.depth % self._group:
                 parent.is_covered = True
-            if node.depth % self._group == 0 or not node.is_covered:
-                self._spill(node)
+
+    def settle(self) -> None:
+        """Take in what the writers found out since: which objects were not kept."""
+        while self._unwritten:
+            self._unwritten.popleft().is_cold = False
+        while self._lost:
+            self.below.lost(self._lost.popleft(), self._group)
 
     def flush(self, nodes: Iterable[Node], deadline: float) -> None:
         """Write what only device or host have, as an engine ends. `nodes`: all of them, parents before children."""
@@ -198,13 +211,19 @@ class Spiller:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _spill(self, node: Node) -> None:
-        """Copy the object that `node` names to the next tier."""
+    def _spill(self, node: Node) -> bool:
+        """Copy the object that `node` names to the next tier; False if no tier has been handed it, now or before."""
         if self._host is None:
             if self._policy is not ColdPolicy.SECOND_USE:
                 self._to_cold(node)
-        elif _key(node) not in self._host:
-            self._copy_out(node, to_host=True)
+        elif _key(node) not in self._host and self._copy_out(node, to_host=True):
+            return True
+        return self._has_own(node)
+
+    def _has_own(self, node: Node) -> bool:
+        """Return whether a tier was handed an object that `node` names."""
+        in_host = self._host is not None and _key(node) in self._host
+        return in_host or (self._cold is not None and node.is_cold)
 
     def _to_cold(self, node: Node) -> None:
         if self._cold is not None and not node.is_cold:
@@ -247,10 +266,6 @@ class Spiller:
             self._changed.notify()
         return True
 
-    def _take_back_unwritten(self) -> None:
-        while self._unwritten:
-            self._unwritten.popleft().is_cold = False
-
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -287,18 +302,27 @@ class Spiller:
         deadline = time.monotonic() + STORE_SECONDS
         if item.to_host:
             assert self._host is not None
-            self._host.store(item.key, value, deadline, parent=item.parent)
+            assert item.node is not None
+            refusal = self._host.store(item.key, value, deadline, parent=item.parent)
+            if refusal is not None and not self._has_own(item.node):
+                self._lost.append(digest_of(item.key))
         elif self._cold is not None:
             refusal = self._cold.store(item.key, value, deadline)
             if refusal is not None:
                 self.failures += 1
                 if item.node is not None:
                     self._unwritten.append(item.node)
+                if self._host is None or item.key not in self._host:
+                    self._lost.append(digest_of(item.key))
 
     def host_evicted(self, key: bytes, value: Value) -> None:
         """Note that host memory gave an object up."""
-        if self._cold is not None and self._policy is ColdPolicy.WRITE_BACK:
-            self._put(_Write(key, to_host=False, value=value))
+        # With another policy it went to the cold tier before, or is not wanted there.
+        writes = self._cold is not None and self._policy is ColdPolicy.WRITE_BACK
+        if writes and self._put(_Write(key, to_host=False, value=value)):
+            return
+        if writes or self._cold is None:
+            self._lost.append(digest_of(key))
 
 
 def _key(node: Node) -> bytes:

@@ -2,33 +2,39 @@
 
 Invariant: as many chunks are walked as are shown, however large the tree is; nothing outside the namespace is seen.
 
-Chunks that form an unbranched chain with the same leases are drawn as one `Branch`, as attention reads them.
+Chunks that form an unbranched chain with the same leases are drawn as one `Branch`, as attention reads them. What lies
+only in a tier below the device hangs where it hung when it was on the device.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
+from typing import Final
 
+from stemcache.prefixtree.below import ChunksBelow
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.tokens import decode_tokens
 from stemcache.prefixtree.tree import PrefixTree
 
+_NO_SLOT: Final = -1
+
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A chain of chunks of which each but the last has exactly one child, and all have the same leases.
+    """A chain of chunks in one place, with the same leases, of which each but the last has exactly one child.
 
     Attributes:
         id: 16 hexadecimal digits that name its first chunk, the same in every snapshot.
         parent: the id of the branch that it hangs on; None at the top.
         depth: chunks before it.
         chunks: how many it is made of.
-        stored_chunks: how many of them were handed to the cold tier, or came from a tier; it may have lost them since.
+        is_below: whether they are not on the device, but were handed to a tier below, which may have lost them since.
+        stored_chunks: how many of them were handed to a tier below, or came from one; all if `is_below`.
         sharers: leases that hold it: on its last chunk or below.
         children: chunks that hang on its last one.
         hidden_children: those of them that are not in the snapshot.
@@ -40,6 +46,7 @@ class Branch:
     parent: str | None
     depth: int
     chunks: int
+    is_below: bool
     stored_chunks: int
     sharers: int
     children: int
@@ -52,8 +59,8 @@ class Branch:
 class TreeSnapshot:
     """Branches, parents before children, and what they were cut from.
 
-    `cached_chunks` counts the namespace's chunks, `children` those at the top, `hidden_children` those of them that are
-    not shown.
+    `cached_chunks` counts the namespace's chunks on the device, `children` those at the top, there or below,
+    `hidden_children` those of them that are not shown.
     """
 
     chunk_tokens: int
@@ -64,11 +71,18 @@ class TreeSnapshot:
 
     @property
     def shown_chunks(self) -> int:
-        return sum(branch.chunks for branch in self.branches)
+        """How many of the `cached_chunks` are in the branches."""
+        return sum(branch.chunks for branch in self.branches if not branch.is_below)
+
+    @property
+    def below_chunks(self) -> int:
+        """How many other chunks are in the branches: those that lie only below the device."""
+        return sum(branch.chunks for branch in self.branches if branch.is_below)
 
 
 def take_snapshot(
     tree: PrefixTree,
+    below: ChunksBelow,
     namespace: Namespace,
     leased: Iterable[Node],
     *,
@@ -80,15 +94,18 @@ def take_snapshot(
 
     leased: the deepest node of every lease in this namespace.
     One parent shows an eighth of `max_chunks` children at most, so that a wide level leaves room for those below it.
-    O(max_chunks + leased chunks).
+    Chunks that lie only in a tier below are left a quarter of the room, and what the others do not need.
+    O(max_chunks + leased chunks + chunks below that are children of what is shown).
     """
-    root = tree.root(namespace)
-    if root is None:
-        return TreeSnapshot(tree.chunk_tokens, 0, 0, 0, ())
-    walk = tree.newest_first(namespace, width=max(8, max_chunks // 8))
-    chunks = list(islice(walk, max_chunks))
+    root = tree.root(namespace) or Node(None, namespace.digest, -1)
+    width = max(8, max_chunks // 8)
+    cached = list(islice(tree.newest_first(namespace, width), max_chunks))
     if max_depth is not None:
-        chunks = list(takewhile(lambda node: node.depth <= max_depth, chunks))
+        cached = list(takewhile(lambda node: node.depth <= max_depth, cached))
+    above = cached[: max_chunks - max_chunks // 4]
+    lower = list(islice(_walk_below(below, [root, *above], width, max_depth), max_chunks - len(above)))
+    chunks = cached[: max_chunks - len(lower)] + lower
+    n_children = {node: len(node.children) + sum(1 for _ in _only_below(below, node)) for node in (root, *chunks)}
     sharers, used, stored = _sharers(leased), _last_used(chunks), _stored(chunks)
     shown = Counter(node.parent for node in chunks)
     now = time.monotonic()
@@ -100,29 +117,54 @@ def take_snapshot(
             parent=parent,
             depth=chain[0].depth - 1,
             chunks=len(chain),
+            is_below=_is_below(last),
             stored_chunks=sum(node in stored for node in chain),
             sharers=sharers[last],
-            children=len(last.children),
-            hidden_children=len(last.children) - shown[last],
+            children=n_children[last],
+            hidden_children=n_children[last] - shown[last],
             idle_seconds=0.0 if sharers[last] else max(0.0, now - used[last]),
             token_ids=tuple(token for node in chain for token in decode_tokens(node.key)) if with_tokens else (),
         )
 
-    chains = _chains(chunks, sharers)
+    chains = _chains(chunks, sharers, n_children)
     id_of_last = {chain[-1]: _id(chain[0]) for chain in chains}
     branches = tuple(branch(chain, id_of_last.get(_parent(chain[0]))) for chain in chains)
-    hidden = len(root.children) - shown[root]
-    return TreeSnapshot(tree.chunk_tokens, root.n_chunks, len(root.children), hidden, branches)
+    return TreeSnapshot(tree.chunk_tokens, root.n_chunks, n_children[root], n_children[root] - shown[root], branches)
 
 
-def _chains(chunks: Iterable[Node], sharers: Counter[Node]) -> list[list[Node]]:
+def _walk_below(below: ChunksBelow, parents: Iterable[Node], width: int, max_depth: int | None) -> Iterator[Node]:
+    """Yield the chunks that hang on `parents` and lie only below, each before its own children, as nodes of no tree."""
+    waiting = deque(parents)
+    while waiting:
+        parent = waiting.popleft()
+        if parent.depth == max_depth:
+            continue
+        for key, used in islice(_only_below(below, parent), width):
+            node = Node(parent, key, _NO_SLOT)
+            node.used = used
+            yield node
+            waiting.append(node)
+
+
+def _only_below(below: ChunksBelow, parent: Node) -> Iterator[tuple[bytes, float]]:
+    """Yield key and last use of the children of `parent` that are not on the device, the latest evicted first."""
+    found = below.children(parent.digest)
+    return ((key, used) for key, used in reversed(found.items()) if key not in parent.children)
+
+
+def _is_below(node: Node) -> bool:
+    return node.slot == _NO_SLOT
+
+
+def _chains(chunks: Iterable[Node], sharers: Counter[Node], n_children: Mapping[Node, int]) -> list[list[Node]]:
     """Join chunks, parents before children, into chains."""
     chain_of: dict[Node, list[Node]] = {}
     chains = []
     for node in chunks:
         parent = _parent(node)
         chain = chain_of.get(parent)
-        if chain is not None and len(parent.children) == 1 and sharers[node] == sharers[parent]:
+        alike = sharers[node] == sharers[parent] and _is_below(node) == _is_below(parent)
+        if chain is not None and n_children[parent] == 1 and alike:
             chain.append(node)
         else:
             chain = [node]
@@ -155,14 +197,16 @@ def _last_used(chunks: Sequence[Node]) -> dict[Node, float]:
 
 
 def _stored(chunks: Sequence[Node]) -> set[Node]:
-    """The chunks of which a copy was handed to the cold tier. Parents come before children in `chunks`.
+    """The chunks of which a copy was handed to a tier below. Parents come before children in `chunks`.
 
     An object holds up to eight chunks and only the last of them is marked; whatever a stored chunk follows was stored
-    before it.
+    before it. Of what lies only below that cannot be told: it goes before its parents are stored.
     """
     stored: set[Node] = set()
     for node in reversed(chunks):
-        if node.is_cold or node.is_covered or node in stored:
+        if _is_below(node):
+            stored.add(node)
+        elif node.is_cold or node.is_covered or node in stored:
             stored |= {node, _parent(node)}
     return stored
 

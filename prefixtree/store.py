@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stemcache.prefixtree.accounts import Lookup
+from stemcache.prefixtree.below import ChunksBelow
 from stemcache.prefixtree.corpus import PublicCorpus
 from stemcache.prefixtree.errors import CapacityError, InvariantError
 from stemcache.prefixtree.eviction import EvictionPolicy
@@ -179,15 +180,27 @@ class PrefixStore:
         return explain(self._ledger, self._corpus, namespace, encode_tokens(tokens), n_last, others)
 
     def snapshot(
-        self, namespace: Namespace, max_chunks: int, *, max_depth: int | None = None, with_tokens: bool = False
+        self,
+        namespace: Namespace,
+        max_chunks: int,
+        *,
+        max_depth: int | None = None,
+        with_tokens: bool = False,
+        below: ChunksBelow | None = None,
     ) -> TreeSnapshot:
         """Return a picture of up to `max_chunks` chunks of a namespace, down to `max_depth` chunks from its root.
 
-        `with_tokens`: with the branches' tokens. O(max_chunks + leased chunks).
+        `with_tokens`: with the branches' tokens. `below`: what to draw besides. For the cost see `take_snapshot`.
         """
         leased = [lease.node for lease in self._leases if lease.node.root.key == namespace.digest]
         return take_snapshot(
-            self._ledger.tree, namespace, leased, max_chunks=max_chunks, max_depth=max_depth, with_tokens=with_tokens
+            self._ledger.tree,
+            ChunksBelow() if below is None else below,
+            namespace,
+            leased,
+            max_chunks=max_chunks,
+            max_depth=max_depth,
+            with_tokens=with_tokens,
         )
 
     def clear(self, namespace: Namespace | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The simulator's comparison: several set-ups over several traces, as numbers, a table and a chart.
+"""The simulator's comparison: several set-ups over several traces, as numbers and as a table.
 
 Invariant: all set-ups of a comparison see the same traces in the same order.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from statistics import mean, stdev
 from typing import Any, Final
 
@@ -108,40 +107,6 @@ def as_json(figures: Sequence[Figure]) -> list[dict[str, Any]]:
         }
         for figure in figures
     ]
-
-
-def chart(figures: Sequence[Figure]) -> str:
-    """An SVG of the document hit rates: a block a workload, a bar a set-up, a whisker the deviation over seeds."""
-    workloads, setups = _names(figures)
-    found = {(figure.setup, figure.workload): figure for figure in figures}
-    left, width, bar, gap = 230, 420, 16, 34
-    height = len(workloads) * (len(setups) * bar + gap) + 10
-    longest = max([rate for figure in figures for rate in figure.document_rates] + [0.01])
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 70}" height="{height}" '
-        f'font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
-    y = 20
-    for workload in workloads:
-        lines.append(f'<text x="{left}" y="{y}" font-weight="bold">{escape(workload)}: documents hit</text>')
-        y += 6
-        for setup in setups:
-            rates = found[setup, workload].document_rates
-            scale, middle = width / longest, y + bar / 2
-            spread = stdev(rates) if len(rates) > 1 else 0.0
-            end = left + mean(rates) * scale
-            color = "#bbbbbb" if setup in BOUNDS else "#2f7d5b" if "cache order" in setup else "#4c78a8"
-            lines += [
-                f'<text x="{left - 8}" y="{middle + 4}" text-anchor="end">{escape(setup)}</text>',
-                f'<rect x="{left}" y="{y + 2}" width="{end - left:.1f}" height="{bar - 4}" fill="{color}"/>',
-                f'<line x1="{end - spread * scale:.1f}" x2="{end + spread * scale:.1f}" y1="{middle}" y2="{middle}" '
-                f'stroke="black"/>',
-                f'<text x="{end + spread * scale + 5:.1f}" y="{middle + 4}">{mean(rates):.3f}</text>',
-            ]
-            y += bar
-        y += gap - 6
-    return "\n".join([*lines, "</svg>", ""])
 
 
 def _names(figures: Sequence[Figure]) -> tuple[list[str], list[str]]:

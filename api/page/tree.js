@@ -57,10 +57,11 @@ export class TreeView {
     if (!kept.has(this.#selected)) this.#select(null);
     else this.#describe();
     byId("zoom-out").disabled = this.#root === null;
-    byId("stored-key").hidden = !this.#tree.nodes.some((node) => node.stored_tokens);
-    const { cached_tokens: all, shown_tokens: shown } = this.#tree;
+    byId("stored-key").hidden = !boxes.some((box) => kind(box) === "stored");
+    byId("below-key").hidden = !boxes.some((box) => kind(box) === "below");
+    const { cached_tokens: all, shown_tokens: shown, below_tokens: below } = this.#tree;
     say(byId("tree-note"), `${tokens(all)} cached in chunks of ${this.#tree.chunk_tokens}` +
-      (shown < all ? `; the latest ${count(shown)} are shown.` : "."));
+      `${shown < all ? `; the latest ${count(shown)} are shown` : ""}${below ? `; ${count(below)} more were written to a tier below and left the device` : ""}.`);
   }
 
   #drawAxis(start, stop, scale, width) {
@@ -88,8 +89,7 @@ export class TreeView {
       each.style.width = `${Math.max(0.5, width - 1)}px`;
       each.style.height = `${Math.max(0.5, height - 1)}px`;
     }
-    const stored = !box.hidden && node.stored_tokens >= node.tokens;
-    group.setAttribute("class", `box ${box.hidden ? "more" : stored ? "stored" : "device"}` +
+    group.setAttribute("class", `box ${kind(box)}` +
       `${node.sharers ? " held" : ""}${node.id === this.#selected ? " at" : ""}`);
     group.style.setProperty("--strength", `${Math.round(this.#strength(box))}%`);
     group.toggleAttribute("data-strong", this.#strength(box) > (DARK.matches ? DARK_TEXT_ABOVE : LIGHT_TEXT_ABOVE));
@@ -109,11 +109,12 @@ export class TreeView {
     return group;
   }
 
-  // How strong a box's colour is, from 22 to 100.
+  // How strong a box's colour is, in percent.
   #strength({ node, hidden }) {
     if (hidden) return 22;
-    if (this.shade === "sharers") return 30 + 70 * Math.min(1, Math.log2(1 + node.sharers) / 4);
-    return 100 - 70 * Math.min(1, Math.log1p(node.idle_seconds) / Math.log1p(HOUR));
+    const full = node.tier === "below" ? 0.3 : 1; // hollow: what is below has to be loaded first
+    if (this.shade === "sharers") return full * (30 + 70 * Math.min(1, Math.log2(1 + node.sharers) / 4));
+    return full * (100 - 70 * Math.min(1, Math.log1p(node.idle_seconds) / Math.log1p(HOUR)));
   }
 
   #zoom(id) {
@@ -169,6 +170,13 @@ export class TreeView {
   }
 }
 
+// What a box stands for: the class that gives it its colour.
+function kind({ node, hidden }) {
+  if (hidden) return "more";
+  if (node.tier === "below") return "below";
+  return node.stored_tokens >= node.tokens ? "stored" : "device";
+}
+
 function describe({ node, hidden }, tree) {
   if (hidden) return `${count(hidden)} more ${hidden === 1 ? "continuation" : "continuations"} not shown`;
   const chunks = node.chunks === 1 ? "1 chunk" : `${count(node.chunks)} chunks`;
@@ -177,8 +185,9 @@ function describe({ node, hidden }, tree) {
     node.sharers ? `held by ${count(node.sharers)} now` : `last used ${ago(node.idle_seconds)}`,
   ];
   if (node.children) parts.push(`${count(node.children)} ${node.children === 1 ? "continuation" : "continuations"}`);
-  if (node.stored_tokens) {
-    parts.push(node.stored_tokens < node.tokens ? `${tokens(node.stored_tokens)} also in the cold tier` : "also in the cold tier");
+  if (node.tier === "below") parts.push("only in a tier below the device, which may have lost it since");
+  else if (node.stored_tokens) {
+    parts.push(node.stored_tokens < node.tokens ? `${tokens(node.stored_tokens)} also in a tier below` : "also in a tier below");
   }
   return parts.join(" · ");
 }

@@ -36,6 +36,11 @@ def tier_key(namespace: bytes, digest: bytes) -> bytes:
     return namespace_prefix(namespace) + digest
 
 
+def digest_of(key: bytes) -> bytes:
+    """Return the digest that a key ends with: the name of the object's last chunk."""
+    return key[_NAMESPACE_BYTES:]
+
+
 def namespace_prefix(namespace: bytes) -> bytes:
     """Return what all keys of a namespace (its 32-byte digest) begin with."""
     return namespace[:_NAMESPACE_BYTES]

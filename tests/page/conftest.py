@@ -48,6 +48,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield process
 
 
+@pytest.fixture
+def crowded(tmp_path: Path) -> Iterator[ServerProcess]:
+    """With a pool that holds a few documents, and a disk tier."""
+    small = ("--dtype", "float32", "--pool-bytes", "512KiB", "--chunk-tokens", "16")
+    with ServerProcess(*small, "--cold", f"disk://{tmp_path}/cold", "--cold-bytes", "64MiB") as process:
+        process.wait_until_ready(timeout=600)
+        yield process
+
+
 @pytest.fixture(scope="session")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """With API keys, which shows no text."""

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from stemcache.api import cli
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, FactDocument
 
@@ -74,7 +75,58 @@ def test_what_the_cold_tier_has_is_told_apart(visit: Visit, server: ServerProces
     page = visit(server.url)
     expect(page.locator("#tree .stored")).to_have_count(1)
     expect(page.locator("#stored-key")).to_be_visible()
-    assert boxes(page)[0].endswith("also in the cold tier")
+    assert boxes(page)[0].endswith("also in a tier below")
+
+
+def test_what_was_evicted_is_drawn_below_until_it_is_asked_for_again_or_deleted(
+    crowded: ServerProcess,
+    visit: Visit,
+    corpus: list[FactDocument],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    with httpx.Client(base_url=crowded.url, trust_env=False, timeout=60) as client:
+
+        def ask(document: FactDocument) -> None:
+            messages = [system, {"role": "user", "content": document.facts[0].question}]
+            body = {"messages": messages, "max_tokens": 2, "temperature": 0, "rag": {"k": 1}}
+            client.post("/v1/chat/completions", json=body).raise_for_status()
+
+        def tree() -> dict[str, Any]:
+            return dict(client.get("/v1/cache/tree", params={"max_nodes": 600}).raise_for_status().json())
+
+        add(client, corpus)
+        page = visit(crowded.url)
+        for document in corpus:
+            ask(document)
+        below = [node for node in tree()["nodes"] if node["tier"] == "below"]
+        assert below
+        expect(page.locator("#tree .below")).to_have_count(len(below))
+        expect(page.locator("#below-key")).to_be_visible()
+        total = sum(node["tokens"] for node in below)
+        expect(page.locator("#tree-note")).to_contain_text(f"; {total:,} more were written to a tier below and left")
+        labels = [
+            each
+            for each in boxes(page)
+            if each.endswith("only in a tier below the device, which may have lost it since")
+        ]
+        assert len(labels) == len(below)
+        monkeypatch.setenv("COLUMNS", "200")
+        assert cli.main(["tree", "--max-nodes", "600", "--url", crowded.url]) == 0
+        printed = capsys.readouterr().out
+        assert f"; {total} more only in a tier below" in printed
+        assert printed.count("which may have lost it since") == len(below)
+        oldest = max(below, key=lambda node: node["idle_seconds"])["id"]
+        expect(page.locator(f"#box-{oldest}")).to_have_class(re.compile("below"))
+        ask(corpus[0])
+        assert next(node for node in tree()["nodes"] if node["id"] == oldest)["tier"] == "device"
+        expect(page.locator(f"#box-{oldest}")).to_have_class(re.compile("stored"))
+        names = [each["id"] for each in client.get("/v1/documents").json()["data"]]
+        client.delete("/v1/documents", params={"id": names}).raise_for_status()
+        expect(page.locator("#tree .below")).to_have_count(0)
+        expect(page.locator("#below-key")).not_to_be_visible()
+        assert tree()["below_tokens"] == 0
 
 
 def test_it_draws_while_a_request_holds_the_tree(visit: Visit, server: ServerProcess, client: httpx.Client) -> None:
