@@ -65,7 +65,8 @@ class Peer:
     def server(self, settings: Settings) -> Server:
         """The server, not started yet."""
         port = free_port()
-        threads = {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+        # Passive, as idle threads that spin take a core away from the other processes of a server (vLLM has three).
+        threads = {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         return Server(self.command(settings, port), port, {**threads, **self.environment(settings)})
 
     def model(self, settings: Settings) -> str:

@@ -21,19 +21,17 @@ import psutil
 from stemcache.api.server_process import ChildServer
 
 _STOP_SECONDS = 30.0
-_POLICY = "OMP_WAIT_POLICY"
 
 
 class Server:
     """`command` serves HTTP on 127.0.0.1:`port`, and answers GET /health with success once it is ready.
 
-    environment: added to that of this process, less OMP_WAIT_POLICY: whether idle threads spin is each server's own
-    choice. It runs in a folder of its own, which goes with it.
+    environment: added to that of this process. It runs in a folder of its own, which goes with it.
     """
 
     def __init__(self, command: Sequence[str], port: int, environment: Mapping[str, str]) -> None:
         self._command, self._port = list(command), port
-        self._environment = {name: value for name, value in os.environ.items() if name != _POLICY} | environment
+        self._environment = os.environ | environment
         self._folder = tempfile.TemporaryDirectory(prefix="stemcache-peer-")
         self._child: ChildServer | None = None
 
