@@ -143,10 +143,11 @@ class Contest:
 
 
 def reason_of(error: BaseException) -> str:
-    """In one line; a time limit says nothing of itself."""
+    """In one line, with the end of what a server printed; a time limit says nothing of itself."""
     if isinstance(error, TimeoutError):
         return f"it took more than {TURN_SECONDS:.0f} s"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 500 else f"{text[:100]} [...] {text[-390:]}"
 
 
 def say(text: str) -> None:

@@ -18,7 +18,7 @@ def markdown(measured: Measured) -> str:
         f"{(machine['commit'] or 'unknown')[:9]}; {_rounds(measured)}.",
         _table(_comparisons(measured)),
         *(
-            f"{server} failed at {workload}: {reason[:200]}"
+            f"{server} failed at {workload}: {reason}"
             for workload, servers in measured.failures.items()
             for server, reason in servers.items()
         ),

@@ -39,7 +39,7 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    def start(self, timeout: float = 900) -> float:
+    def start(self, timeout: float = 600) -> float:
         """Start it and wait until it is ready; returns the seconds that took. Raises ServerStartError."""
         begin = time.monotonic()
         self._child = ChildServer(
