@@ -91,8 +91,8 @@ peers-install: $(READY)  ## install the servers that we are compared with (llama
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[peers]"
 	@cd benchmarks && $(abspath $(BIN))/python -m peers.install
 
-peers: $(READY)  ## compare with those that are installed (an hour on two cores)
-	@cd benchmarks && $(abspath $(BIN))/python -m peers
+peers: $(READY)  ## compare with those that are installed (an hour on two cores); PEERS="--resume" and the like
+	@cd benchmarks && $(abspath $(BIN))/python -m peers $(PEERS)
 
 kernel-gate: $(READY)  ## compile every GPU kernel configuration for sm_80, sm_90 and sm_100 (no GPU needed)
 	@$(BIN)/python -m stemcache.kernels.triton_compile

@@ -1,4 +1,4 @@
-"""A `stemcache serve` child process.
+"""A server as a child process; `ServerProcess` is a `stemcache serve`.
 
 Invariant: when the `with` block is left the child has ended, whatever happened in the block.
 """
@@ -10,7 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import httpx
 
@@ -31,23 +34,35 @@ class ServerStartError(StemcacheError):
     """The server ended, or did not answer in time; the message ends with what it printed last."""
 
 
-class ServerProcess:
-    """A server on a free port of this machine. `arguments` are those of `stemcache serve`."""
+class ChildServer:
+    """`command` serves HTTP on 127.0.0.1:`port`, and answers GET /health with success once it is ready.
 
-    def __init__(self, *arguments: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    environment: all of the child's; this process's by default. folder: where it runs.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        *,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         # A session of its own, so that Ctrl-C reaches the parent only, which then stops the child in order.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "stemcache.api.cli", "serve", "--port", str(self.port), *arguments],
+            command,
+            cwd=folder,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -55,6 +70,10 @@ class ServerProcess:
     ) -> None:
         self.stop()
         self._log.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_until_ready(self, timeout: float = 120.0) -> None:
         """Return when /health answers. `timeout` in seconds. Raises ServerStartError."""
@@ -75,11 +94,11 @@ class ServerProcess:
         """Send the server a signal."""
         self._process.send_signal(number)
 
-    def stop(self) -> int:
-        """Ask the server to end, and insist after a while; returns its exit status. Idempotent."""
+    def stop(self, timeout: float = _STOP_SECONDS) -> int:
+        """Ask the server to end, and insist after `timeout` seconds; returns its exit status. Idempotent."""
         self._process.terminate()
         try:
-            return self._process.wait(_STOP_SECONDS)
+            return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
@@ -89,3 +108,11 @@ class ServerProcess:
         size = self._log.seek(0, 2)
         self._log.seek(max(0, size - last_bytes))
         return self._log.read().decode(errors="replace").strip()
+
+
+class ServerProcess(ChildServer):
+    """stemcache on a free port of this machine. `arguments` are those of `stemcache serve`."""
+
+    def __init__(self, *arguments: str) -> None:
+        port = free_port()
+        super().__init__([sys.executable, "-m", "stemcache.api.cli", "serve", "--port", str(port), *arguments], port)

