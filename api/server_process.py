@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 import httpx
@@ -17,7 +18,8 @@ import httpx
 from stemcache.prefixtree.errors import StemcacheError
 
 _POLL_SECONDS = 0.1
-_STOP_SECONDS = 10
+# More than `serve` itself gives its running requests (35 s), so that only one that hangs is killed.
+_STOP_SECONDS = 60
 
 
 def free_port() -> int:
@@ -38,9 +40,13 @@ class ServerProcess:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
+        self._process = self._start(["serve", "--port", str(self.port), *arguments])
+
+    def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start the command line with its output in the log. Tests fork instead: tests/support/forked.py."""
         # A session of its own, so that Ctrl-C reaches the parent only, which then stops the child in order.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "stemcache.api.cli", "serve", "--port", str(self.port), *arguments],
+        return subprocess.Popen(
+            [sys.executable, "-m", "stemcache.api.cli", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -70,6 +76,10 @@ class ServerProcess:
                     pass
                 time.sleep(_POLL_SECONDS)
         raise ServerStartError(f"the server did not answer within {timeout:g} s: {self.output()}")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def signal(self, number: int) -> None:
         """Send the server a signal."""

@@ -32,7 +32,8 @@ def test_the_figures_are_the_servers(
     samples = json.loads(files[0].read_text())["requests"]
     assert len(samples) == 8
     assert all(0 < each["ttft"] <= each["total"] for each in samples)
-    prompts, generated = (after - since for after, since in zip(after, before, strict=True))
+    after = [counted(http, name) for name in names]
+    prompts, generated = (now - then for now, then in zip(after, before, strict=True))
     assert generated == sum(each["completion_tokens"] for each in samples)
     # An answer that the chat template would write with other tokens is read again, ahead of the next turn.
     assert sum(each["prompt_tokens"] for each in samples) <= prompts <= 2 * sum(s["prompt_tokens"] + 8 for s in samples)

@@ -20,6 +20,7 @@ from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import FactDocument, random_corpus
 from stemcache.engine.engine import Engine
+from stemcache.engine.sampling import SamplingParams
 
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 # Nothing may be fetched: prices, models, data sets, usage statistics.
@@ -92,6 +93,24 @@ def corpus(request: pytest.FixtureRequest) -> list[FactDocument]:
 @pytest.fixture
 def documents(corpus: list[FactDocument]) -> list[dict[str, str]]:
     return [document.as_template_document() for document in corpus]
+
+
+@pytest.fixture
+def question(corpus: list[FactDocument]) -> str:
+    return corpus[1].facts[0].question
+
+
+@pytest.fixture
+def expected(engine: Engine) -> Callable[..., str]:
+    """The engine's answer to a question with documents, each a title and a text: 24 tokens at most."""
+
+    def answer(question: str, documents: list[dict[str, str]], system: str = "") -> str:
+        before = [{"role": "system", "content": system}] if system else []
+        ids = engine.encode_chat([*before, {"role": "user", "content": question}], documents=documents)
+        [completion] = engine.generate([ids], SamplingParams(max_tokens=24, temperature=0))
+        return completion.text
+
+    return answer
 
 
 @pytest.fixture

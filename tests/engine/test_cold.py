@@ -15,6 +15,7 @@ import torch
 from fault_proxy import FaultProxy
 from redis_process import RedisProcess, installed_servers
 from transformers import AutoTokenizer
+from waiting import until
 
 from stemcache import Engine, SamplingParams
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
@@ -139,13 +140,6 @@ def server(redis_process: RedisProcess) -> RedisProcess:
 @pytest.fixture(params=["disk", "redis"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"disk://{tmp_path}" if request.param == "disk" else request.getfixturevalue("server").url
-
-
-def until(holds: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
 
 
 def written(engine: Engine) -> None:

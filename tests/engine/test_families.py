@@ -1,4 +1,4 @@
-"""Every family gives the tokens that transformers' own `generate` gives; everything else is refused by name."""
+"""Every family gives the tokens that transformers' own model gives; everything else is refused by name."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from stemcache import Engine
 from stemcache.engine import families
 from stemcache.engine.errors import ModelLoadError
 
-WORKLOADS = 8  # `make equivalence` runs 200
+# `make equivalence` runs 200, all by `generate`, which takes longer than what it is compared with.
+WORKLOADS, BY_GENERATE = 8, 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_generate(family, models):
+def test_tokens_are_transformers_greedy_ones(family, models):
     served, reference = models(family)
     total = Tally()
     for seed in range(WORKLOADS):
-        total.add(run_workload(served, reference, seed))
+        total.add(run_workload(served, reference, seed, by_generate=seed < BY_GENERATE))
     assert total.differences == []
     # A comparison that never shared, evicted or preempted would prove nothing.
     assert total.choices > 20
