@@ -62,8 +62,11 @@ class ServerProcess:
         self.stop()
         self._log.close()
 
-    def wait_until_ready(self, timeout: float = 120.0) -> None:
-        """Return when /health answers. `timeout` in seconds. Raises ServerStartError."""
+    def wait_until_ready(self, timeout: float = 600.0) -> None:
+        """Return when /health answers. Raises ServerStartError: at once where the server has ended.
+
+        timeout: seconds; by default as long as a start takes on a machine whose processors have other work to do.
+        """
         deadline = time.monotonic() + timeout
         with httpx.Client(trust_env=False, timeout=5) as client:
             while time.monotonic() < deadline:
@@ -79,6 +82,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
+        """The process's id."""
         return self._process.pid
 
     def signal(self, number: int) -> None:

@@ -20,7 +20,7 @@ from stemcache.engine.engine import Engine
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     with ForkedServer("--dtype", "float32", "--pool-bytes", "128MiB") as process:
-        process.wait_until_ready(timeout=600)
+        process.wait_until_ready()
         yield process
 
 

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def blending(folder: Path) -> Iterator[ServerProcess]:
     questions = write_questions(folder / "questions.jsonl")
     with ForkedServer(*ENGINE, "--blend", "--blend-questions", str(questions)) as process:
-        process.wait_until_ready(timeout=600)
+        process.wait_until_ready()
         assert "documents may be moved" in process.output()
         yield process
 

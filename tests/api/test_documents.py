@@ -59,7 +59,7 @@ def started(folder: Path) -> ServerProcess:
 @pytest.fixture(scope="module")
 def tenants(folder: Path) -> Iterator[ServerProcess]:
     with started(folder) as process:
-        process.wait_until_ready(timeout=600)
+        process.wait_until_ready()
         yield process
 
 
@@ -466,7 +466,7 @@ def test_documents_survive_a_restart(folder: Path, tenants: ServerProcess) -> No
         client.delete(f"/v1/documents/{DOCUMENTS[2]['id']}").raise_for_status()
     tenants.stop()
     with started(folder) as later, client_of(later, ALICE) as client:
-        later.wait_until_ready(timeout=600)
+        later.wait_until_ready()
         assert client.get("/v1/documents").json()["total"] == 2
         until(lambda: client.get("/v1/cache/pin").json()["data"])
         told = chat(client, FACTS[0].facts[0].question, rag={"k": 1})["rag"]["documents"]

@@ -49,7 +49,7 @@ ROLES, ROLES_AND_TOOL = "['user', 'assistant']", "['user', 'assistant', 'tool']"
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     with ServerProcess("--dtype", "float32", "--pool-bytes", "128MiB") as process:
-        process.wait_until_ready(timeout=600)
+        process.wait_until_ready()
         yield process
 
 
@@ -62,7 +62,7 @@ def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     assert ROLES in template.read_text()
     template.write_text(TOOLS_SHOWN + template.read_text().replace(ROLES, ROLES_AND_TOOL))
     with ServerProcess("--model", str(folder), "--dtype", "float32", "--pool-bytes", "64MiB") as process:
-        process.wait_until_ready(timeout=600)
+        process.wait_until_ready()
         yield process
 
 

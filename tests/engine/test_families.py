@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from equivalence import FAMILIES, Tally, bfloat16_errors, run_workload
@@ -27,6 +29,17 @@ def test_tokens_are_transformers_greedy_ones(family, models):
     assert total.cached_tokens > 0
     assert total.evictions > 0
     assert total.preemptions > 0
+
+
+def test_the_judge_of_one_pass_says_what_generate_says(models):
+    reference, rng = models("llama")[1], random.Random(1)
+    for _ in range(4):
+        prompt = [rng.randrange(3, 128) for _ in range(rng.randrange(1, 40))]
+        tokens = reference.continuation(prompt, 8)
+        assert reference.judge(prompt, tokens) == tokens
+        for index in range(8):
+            wrong = tokens[:index] + [(tokens[index] + 1) % 128] + tokens[index + 1 :]
+            assert reference.judge(prompt, wrong)[: index + 1] == tokens[: index + 1]
 
 
 def test_every_served_family_is_compared():

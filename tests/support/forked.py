@@ -3,8 +3,8 @@
 A process started anew imports torch, transformers and FastAPI for six to ten seconds of processor time before it can
 answer. So a fork server (`multiprocessing`'s own, one for each worker of pytest-xdist) imports them once, and forks a
 process for each command line: its own session, environment and standard streams, the real entry point, a real exit
-status. What it lacks is the way from the shell to that entry point, and `atexit`; tests/api/test_start.py starts
-servers by exec for that, and shows that both ways give the same.
+status. What it lacks is the way from the shell to that entry point, and `atexit`; test_serve.py, test_forked.py and
+test_demo.py in tests/api start some by exec, and show that both ways give the same.
 
 Invariant: the fork server has one thread, as what other threads hold would be held for ever in what it forks.
 """
@@ -69,7 +69,8 @@ class ForkedCommand:
     def __init__(self, arguments: Sequence[str], stdout: int, stderr: int) -> None:
         """stdout, stderr: file descriptors."""
         streams = _Descriptor(stdout), _Descriptor(stderr)
-        self._process = _CONTEXT.Process(target=_run, args=(arguments, dict(os.environ), *streams))
+        # A daemon, so that one that a broken test leaves behind is ended with pytest, which would wait for it else.
+        self._process = _CONTEXT.Process(target=_run, args=(arguments, dict(os.environ), *streams), daemon=True)
         self._process.start()
 
     @property
