@@ -20,7 +20,8 @@ import httpx
 from stemcache.prefixtree.errors import StemcacheError
 
 _POLL_SECONDS = 0.1
-_STOP_SECONDS = 10
+# More than `serve` itself gives its running requests (35 s), so that only one that hangs is killed.
+_STOP_SECONDS = 60
 
 
 def free_port() -> int:
@@ -51,8 +52,14 @@ class ChildServer:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
+        self._process = self._start(command, environment, folder)
+
+    def _start(
+        self, command: Sequence[str], environment: Mapping[str, str] | None, folder: Path | None
+    ) -> subprocess.Popen[bytes]:
+        """Start the child with its output in the log. Tests fork instead: tests/support/forked.py."""
         # A session of its own, so that Ctrl-C reaches the parent only, which then stops the child in order.
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             cwd=folder,
             env=environment,
@@ -73,10 +80,14 @@ class ChildServer:
 
     @property
     def pid(self) -> int:
+        """The process's id."""
         return self._process.pid
 
-    def wait_until_ready(self, timeout: float = 120.0) -> None:
-        """Return when /health answers. `timeout` in seconds. Raises ServerStartError."""
+    def wait_until_ready(self, timeout: float = 600.0) -> None:
+        """Return when /health answers. Raises ServerStartError: at once where the server has ended.
+
+        timeout: seconds; by default as long as a start takes on a machine whose processors have other work to do.
+        """
         deadline = time.monotonic() + timeout
         with httpx.Client(trust_env=False, timeout=5) as client:
             while time.monotonic() < deadline:

@@ -3,16 +3,28 @@ the rest (`make test-clients`, `test-page`, `test-stack`); Triton's kernels run 
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before any test can do that
 
 APART = {Path(__file__).parent / name for name in ("clients", "page", "stack/running")}
+
+
+def pytest_collection() -> None:
+    """Before the first file of tests, as Triton reads it when it is imported. Not above, where the controller of
+    pytest-xdist, which imports no tests, would import torch too and hold its workers up."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: the garbage collector, which some tests call, need not look through it
+    each time."""
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

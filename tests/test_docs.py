@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import ForkedServer
 
 from stemcache import __version__
 from stemcache.api.cli import _parser
-from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with ServerProcess() as server:
+    with ForkedServer() as server:
         server.wait_until_ready()
         yield server.url
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from forked import ForkedServer
 
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
@@ -18,8 +19,8 @@ from stemcache.engine.engine import Engine
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--dtype", "float32", "--pool-bytes", "128MiB") as process:
-        process.wait_until_ready(timeout=600)
+    with ForkedServer("--dtype", "float32", "--pool-bytes", "128MiB") as process:
+        process.wait_until_ready()
         yield process
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from waiting import until
 
 COMPLETION: dict[str, Any] = {"prompt": "The code", "max_tokens": 2}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 2}
@@ -86,8 +86,8 @@ BAD_CHATS = [
 @pytest.fixture(autouse=True)
 def server_lives_on(http: httpx.Client, model: str) -> Any:
     yield
-    while http.get("/health").json() != {"status": "ok", "running": 0, "waiting": 0}:
-        time.sleep(0.01)  # another test's chat may have its next turn read still; a leak ends at pytest's time limit
+    # Another test's chat may have its next turn read still.
+    until(lambda: http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0})
     assert http.post("/v1/completions", json=COMPLETION | {"model": model}).status_code == 200
 
 

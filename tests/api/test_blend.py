@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from forked import ForkedServer
 
 from stemcache.api.answers import ChatAnswer, ErrorAnswer
 from stemcache.api.blending import switch_on_blending
@@ -52,8 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def blending(folder: Path) -> Iterator[ServerProcess]:
     questions = write_questions(folder / "questions.jsonl")
-    with ServerProcess(*ENGINE, "--blend", "--blend-questions", str(questions)) as process:
-        process.wait_until_ready(timeout=600)
+    with ForkedServer(*ENGINE, "--blend", "--blend-questions", str(questions)) as process:
+        process.wait_until_ready()
         assert "documents may be moved" in process.output()
         yield process
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from forked import ForkedServer
+from waiting import until
 
 from stemcache.api.cache_answers import (
     CacheClear,
@@ -36,7 +37,7 @@ DATED = (
 @pytest.fixture(scope="module")
 def small() -> Iterator[ServerProcess]:
     options = ("--dtype", "float32", "--pool-bytes", "8MiB", "--chunk-tokens", "16", "--show-cache-text")
-    with ServerProcess(*options) as process:
+    with ForkedServer(*options) as process:
         process.wait_until_ready()
         yield process
 
@@ -53,10 +54,7 @@ def cache(small: ServerProcess) -> Iterator[httpx.Client]:
 
 def until_idle(client: httpx.Client) -> None:
     """A chat's conversation may still be read for its next turn when the answer is there."""
-    deadline = time.monotonic() + 60
-    while client.get("/health").json() != {"status": "ok", "running": 0, "waiting": 0}:
-        assert time.monotonic() < deadline, "something runs on"
-        time.sleep(0.01)
+    until(lambda: client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0})
 
 
 def post(client: httpx.Client, route: str, **body: Any) -> dict[str, Any]:
@@ -193,12 +191,7 @@ def test_a_pin_holds_against_a_flood_and_ends(cache: httpx.Client) -> None:
 
 def test_a_pin_ends_by_itself(cache: httpx.Client) -> None:
     post(cache, "pin", prompt=DATED, ttl_seconds=0.05)
-    for _ in range(1000):
-        if not cache.get("/v1/cache/pin").json()["data"]:
-            break
-        time.sleep(0.01)
-    else:
-        pytest.fail("the pin did not end")
+    until(lambda: not cache.get("/v1/cache/pin").json()["data"])
 
 
 def test_pins_hold_half_of_the_pool(cache: httpx.Client) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import ForkedServer, run_command
 
 from stemcache import Engine, SamplingParams
 from stemcache.api.cli import _parser, main
@@ -14,11 +15,6 @@ from stemcache.api.loading import load_engine
 from stemcache.api.server_process import ServerProcess, ServerStartError
 from stemcache.prefixtree.eviction import LRU
 from stemcache.prefixtree.pgdsf import PGDSF
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stemcache.api.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_generate_prints_the_engines_text(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,11 +95,11 @@ finally:
 
 
 def test_a_taken_port_is_one_sentence(server: ServerProcess) -> None:
-    ended = run("serve", "--port", str(server.port))
+    ended = run_command("serve", "--port", str(server.port))
     assert ended.returncode == 2
     assert ended.stderr == f"stemcache: cannot listen on 127.0.0.1:{server.port}: another program uses the port\n"
 
 
 def test_a_server_that_cannot_start_says_why() -> None:
-    with ServerProcess("--host", "256.0.0.1") as process, pytest.raises(ServerStartError, match="cannot listen on 256"):
+    with ForkedServer("--host", "256.0.0.1") as process, pytest.raises(ServerStartError, match="cannot listen on 256"):
         process.wait_until_ready()

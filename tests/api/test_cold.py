@@ -7,10 +7,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from forked import ForkedServer
 
 from stemcache.api import cli
 from stemcache.api.cold_options import EVERYBODY, address_from, seal_from, tenant_secret
-from stemcache.api.server_process import ServerProcess, free_port
+from stemcache.api.server_process import free_port
 from stemcache.api.settings import Settings
 from stemcache.prefixtree.tiers.disk import DiskTier
 
@@ -33,11 +34,11 @@ def value(metrics: str, name: str) -> float:
 def test_a_server_is_warm_after_its_restart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--dtype", "float32", "--pool-bytes", "64MiB", "--host-bytes", "16MiB", "--cold-codec", "lossless")
     options += ("--cold", f"disk://{tmp_path}", "--cold-bytes", "64MiB")
-    with ServerProcess(*options) as server:
+    with ForkedServer(*options) as server:
         server.wait_until_ready()
         assert ask(server.url) == 0
         assert server.stop() == 0  # which writes what waits
-    with ServerProcess(*options) as server:
+    with ForkedServer(*options) as server:
         server.wait_until_ready()
         ask(server.url)  # the first load of a busy machine may come too late; what came is there
         assert ask(server.url) >= 512
@@ -83,7 +84,7 @@ def test_a_server_is_warm_after_its_restart(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_tier_that_is_not_there_is_told_when_it_should_forget() -> None:
-    with ServerProcess("--cold", f"redis://127.0.0.1:{free_port()}", "--pool-bytes", "64MiB") as server:
+    with ForkedServer("--cold", f"redis://127.0.0.1:{free_port()}", "--pool-bytes", "64MiB") as server:
         server.wait_until_ready()
         assert ask(server.url) == 0
         answer = httpx.post(f"{server.url}/v1/cache/clear", trust_env=False, timeout=60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from forked import ForkedServer
+from waiting import until
 
 from stemcache.api.answers import ChatAnswer, ErrorAnswer
 from stemcache.api.cache_answers import CacheStatistics
@@ -52,13 +53,13 @@ def started(folder: Path) -> ServerProcess:
     keys.chmod(0o600)
     options = ("--dtype", "float32", "--pool-bytes", "16MiB", "--chunk-tokens", "16", "--show-cache-text")
     more = ("--api-keys", str(keys), "--documents", str(folder / "store"), "--max-documents", "50")
-    return ServerProcess(*options, *more)
+    return ForkedServer(*options, *more)
 
 
 @pytest.fixture(scope="module")
 def tenants(folder: Path) -> Iterator[ServerProcess]:
     with started(folder) as process:
-        process.wait_until_ready(timeout=600)
+        process.wait_until_ready()
         yield process
 
 
@@ -465,10 +466,9 @@ def test_documents_survive_a_restart(folder: Path, tenants: ServerProcess) -> No
         client.delete(f"/v1/documents/{DOCUMENTS[2]['id']}").raise_for_status()
     tenants.stop()
     with started(folder) as later, client_of(later, ALICE) as client:
-        later.wait_until_ready(timeout=600)
+        later.wait_until_ready()
         assert client.get("/v1/documents").json()["total"] == 2
-        while not client.get("/v1/cache/pin").json()["data"]:
-            time.sleep(0.05)
+        until(lambda: client.get("/v1/cache/pin").json()["data"])
         told = chat(client, FACTS[0].facts[0].question, rag={"k": 1})["rag"]["documents"]
         assert told[0]["id"] == DOCUMENTS[0]["id"]
         assert told[0]["cached_tokens"] > 0, "it was pinned, and is so again"

@@ -6,12 +6,11 @@ import asyncio
 import json
 import random
 import socket
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
+from waiting import until
 
 from stemcache import Engine, SamplingParams
 from stemcache.api.server_process import ServerProcess
@@ -19,11 +18,6 @@ from stemcache.engine.demo.facts import random_corpus
 
 LONG: dict[str, Any] = {"prompt": "The code of", "max_tokens": 1900, "ignore_eos": True, "temperature": 0}
 SHORT = LONG | {"max_tokens": 100}
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():  # pytest's own time limit ends a wait in vain
-        time.sleep(0.01)
 
 
 def running(http: httpx.Client) -> int:
@@ -43,7 +37,7 @@ def test_a_client_that_leaves_its_stream_frees_the_request(http: httpx.Client, s
     ):
         lines = response.iter_lines()  # kept: httpx closes the connection with the iterator
         next(lines)
-        wait_for(lambda: running(http) == 4)
+        until(lambda: running(http) == 4)
     assert_frees_its_slots(http)
 
 
@@ -55,7 +49,7 @@ def test_a_client_that_leaves_before_its_answer_frees_the_request(http: httpx.Cl
     )
     with socket.create_connection(("127.0.0.1", server.port)) as leaver:
         leaver.sendall(head.encode() + body)
-        wait_for(lambda: running(http) == 2)
+        until(lambda: running(http) == 2)
     assert_frees_its_slots(http)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from forked import ForkedServer
 
 from stemcache.api.public_corpus import PublicCorpusError, warm_public_corpus
-from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo.facts import FactDocument, random_corpus
 from stemcache.engine.engine import PUBLIC, Engine
 from stemcache.engine.sampling import SamplingParams
@@ -91,7 +91,7 @@ def test_two_keys_find_it_at_once(file: Path, tmp_path: Path, corpus: list[FactD
     keys.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
     keys.chmod(0o600)
     question = random_corpus(random.Random(1), 1)[0].facts[0].question
-    with ServerProcess("--api-keys", str(keys), "--public-corpus", str(file), "--pool-bytes", "64MiB") as server:
+    with ForkedServer("--api-keys", str(keys), "--public-corpus", str(file), "--pool-bytes", "64MiB") as server:
         server.wait_until_ready()
         for key in KEYS.values():
             with httpx.Client(

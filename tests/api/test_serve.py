@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from forked import ForkedServer
 
 from stemcache.api import cli
 from stemcache.api.limits import Limits
@@ -26,8 +27,10 @@ def keys(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_server_with_keys_finishes_what_runs_and_logs_no_text(keys: Path) -> None:
-    with ServerProcess("--pool-bytes", "64MiB", "--api-keys", str(keys), "--host", "0.0.0.0") as process:
+@pytest.mark.parametrize("start", [ServerProcess, ForkedServer])
+def test_a_server_with_keys_finishes_what_runs_and_logs_no_text(keys: Path, start: type[ServerProcess]) -> None:
+    """Started anew, as a user does, and forked, as most tests do: both are the same from here."""
+    with start("--pool-bytes", "64MiB", "--api-keys", str(keys), "--host", "0.0.0.0") as process:
         process.wait_until_ready()
         with httpx.Client(base_url=process.url, trust_env=False, timeout=60) as client:
             assert client.post("/v1/completions", json=LONG).status_code == 401
@@ -57,7 +60,7 @@ def test_a_server_with_keys_finishes_what_runs_and_logs_no_text(keys: Path) -> N
 
 def test_a_server_on_all_addresses_and_with_small_limits() -> None:
     options = ("--host", "0.0.0.0", "--max-body", "1kB", "--request-timeout", "1", "--log-prompts")
-    with ServerProcess("--pool-bytes", "64MiB", *options) as process:
+    with ForkedServer("--pool-bytes", "64MiB", *options) as process:
         process.wait_until_ready()
         with httpx.Client(base_url=process.url, trust_env=False, timeout=60) as client:
             assert client.post("/v1/completions", content=b"x" * 1001).status_code == 413
@@ -78,7 +81,7 @@ def test_the_command_lines_limits() -> None:
 def test_a_bad_file_of_keys_is_one_sentence(keys: Path) -> None:
     keys.write_text("alice")
     with (
-        ServerProcess("--api-keys", str(keys)) as process,
+        ForkedServer("--api-keys", str(keys)) as process,
         pytest.raises(ServerStartError, match="line 1: write a name"),
     ):
         process.wait_until_ready()

@@ -16,6 +16,7 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+from forked import ForkedServer
 from transformers import AutoTokenizer
 
 from stemcache import Engine
@@ -73,7 +74,7 @@ def checkpoint(folder: Path, sign: str) -> Path:
 @pytest.fixture(scope="module")
 def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     model = checkpoint(tmp_path_factory.mktemp("tools") / "caller", "<tool_call>")
-    with ServerProcess("--model", str(model), "--dtype", "float32", "--pool-bytes", "128MiB") as process:
+    with ForkedServer("--model", str(model), "--dtype", "float32", "--pool-bytes", "128MiB") as process:
         process.wait_until_ready()
         yield process
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
+from waiting import until
 
 from stemcache import Engine, SamplingParams
 from stemcache.api.keys import Tenant
@@ -29,11 +28,6 @@ def space_of(tenant: Tenant) -> Space:
 
 def documents() -> list[Document]:
     return [Document(id=each.title, title=each.title, text=each.text) for each in FACTS]
-
-
-def until(happened: Callable[[], bool]) -> None:
-    while not happened():
-        time.sleep(0.01)
 
 
 def test_expired_documents_leave_while_nobody_asks(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:

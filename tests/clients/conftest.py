@@ -20,6 +20,7 @@ from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import FactDocument, random_corpus
 from stemcache.engine.engine import Engine
+from stemcache.engine.sampling import SamplingParams
 
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 # Nothing may be fetched: prices, models, data sets, usage statistics.
@@ -48,7 +49,7 @@ ROLES, ROLES_AND_TOOL = "['user', 'assistant']", "['user', 'assistant', 'tool']"
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     with ServerProcess("--dtype", "float32", "--pool-bytes", "128MiB") as process:
-        process.wait_until_ready(timeout=600)
+        process.wait_until_ready()
         yield process
 
 
@@ -61,7 +62,7 @@ def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     assert ROLES in template.read_text()
     template.write_text(TOOLS_SHOWN + template.read_text().replace(ROLES, ROLES_AND_TOOL))
     with ServerProcess("--model", str(folder), "--dtype", "float32", "--pool-bytes", "64MiB") as process:
-        process.wait_until_ready(timeout=600)
+        process.wait_until_ready()
         yield process
 
 
@@ -92,6 +93,24 @@ def corpus(request: pytest.FixtureRequest) -> list[FactDocument]:
 @pytest.fixture
 def documents(corpus: list[FactDocument]) -> list[dict[str, str]]:
     return [document.as_template_document() for document in corpus]
+
+
+@pytest.fixture
+def question(corpus: list[FactDocument]) -> str:
+    return corpus[1].facts[0].question
+
+
+@pytest.fixture
+def expected(engine: Engine) -> Callable[..., str]:
+    """The engine's answer to a question with documents, each a title and a text: 24 tokens at most."""
+
+    def answer(question: str, documents: list[dict[str, str]], system: str = "") -> str:
+        before = [{"role": "system", "content": system}] if system else []
+        ids = engine.encode_chat([*before, {"role": "user", "content": question}], documents=documents)
+        [completion] = engine.generate([ids], SamplingParams(max_tokens=24, temperature=0))
+        return completion.text
+
+    return answer
 
 
 @pytest.fixture

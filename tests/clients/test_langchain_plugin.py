@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 
-from stemcache import Engine, SamplingParams
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import FactDocument
@@ -63,22 +62,8 @@ def retriever(server: ServerProcess, documents: list[Document]) -> Iterator[Stem
     made.delete([str(each.id) for each in documents])
 
 
-@pytest.fixture
-def question(corpus: list[FactDocument]) -> str:
-    return corpus[1].facts[0].question
-
-
-@pytest.fixture
-def expected(engine: Engine) -> Callable[[str, list[Document]], str]:
-    """The engine's answer to a question with documents."""
-
-    def answer(question: str, given: list[Document]) -> str:
-        texts = [{"title": each.metadata["title"], "text": each.page_content} for each in given]
-        ids = engine.encode_chat([{"role": "user", "content": question}], documents=texts)
-        [completion] = engine.generate([ids], SamplingParams(max_tokens=24, temperature=0))
-        return completion.text
-
-    return answer
+def texts(documents: list[Document]) -> list[dict[str, str]]:
+    return [{"title": each.metadata["title"], "text": each.page_content} for each in documents]
 
 
 def test_the_page(run_page: Callable[[str], str]) -> None:
@@ -93,8 +78,8 @@ def test_the_migration(migrated: Callable[..., dict[str, Any]]) -> None:
 def test_answers_are_the_engines(
     model: ChatStemcache, documents: list[Document], question: str, expected: Callable[..., str]
 ) -> None:
-    text = expected(question, documents)
-    as_mappings = [{"title": each.metadata["title"], "text": each.page_content} for each in documents]
+    as_mappings = texts(documents)
+    text = expected(question, as_mappings)
     assert model.invoke(question, documents=documents).content == text
     assert model.bind(documents=as_mappings).invoke(question).content == text
     assert "".join(str(each.content) for each in model.stream(question, documents=documents)) == text
@@ -150,7 +135,7 @@ def test_a_chain_in_place_of_stuffing(
 ) -> None:
     chain = create_documents_chain(model, ChatPromptTemplate.from_messages([("user", "{input}")]))
     inputs = {"input": question, "context": retriever.invoke(question)}
-    text = expected(question, inputs["context"])
+    text = expected(question, texts(inputs["context"]))
     assert chain.invoke(inputs) == text
     pieces = list(chain.stream(inputs))
     assert len(pieces) > 1
@@ -167,7 +152,7 @@ def test_an_agent_has_its_questions_documents(
     asked = {"messages": [HumanMessage(question)]}
     result = agent.invoke(asked)
     assert result["documents"] == retriever.invoke(question)
-    assert result["messages"][-1].content == expected(question, result["documents"])
+    assert result["messages"][-1].content == expected(question, texts(result["documents"]))
     assert asyncio.run(agent.ainvoke(asked))["messages"][-1].content == result["messages"][-1].content
     nobody_asks = agent.invoke({"messages": [AIMessage("The code is 7.")]})
     assert "documents" not in nobody_asks

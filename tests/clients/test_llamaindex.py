@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 
-from stemcache import Engine, SamplingParams
 from stemcache.api.server_process import ServerProcess
 from stemcache.engine.demo import MODEL_PATH
 from stemcache.engine.demo.facts import SYSTEM_PROMPT, FactDocument
@@ -44,24 +43,6 @@ def retriever(server: ServerProcess, corpus: list[FactDocument]) -> Iterator[Ste
     assert made.add_documents(given) == [each.title for each in corpus]
     yield made
     made.delete([each.title for each in corpus])
-
-
-@pytest.fixture
-def question(corpus: list[FactDocument]) -> str:
-    return corpus[1].facts[0].question
-
-
-@pytest.fixture
-def expected(engine: Engine) -> Callable[..., str]:
-    """The engine's answer to a question with documents."""
-
-    def answer(question: str, documents: list[dict[str, str]], system: str = "") -> str:
-        before = [{"role": "system", "content": system}] if system else []
-        ids = engine.encode_chat([*before, {"role": "user", "content": question}], documents=documents)
-        [completion] = engine.generate([ids], SamplingParams(max_tokens=24, temperature=0))
-        return completion.text
-
-    return answer
 
 
 def texts(nodes: list[NodeWithScore]) -> list[dict[str, str]]:

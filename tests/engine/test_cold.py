@@ -15,6 +15,7 @@ import torch
 from fault_proxy import FaultProxy
 from redis_process import RedisProcess, installed_servers
 from transformers import AutoTokenizer
+from waiting import until
 
 from stemcache import Engine, SamplingParams
 from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
@@ -142,13 +143,6 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"disk://{tmp_path}" if request.param == "disk" else request.getfixturevalue("server").url
 
 
-def until(holds: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
-
-
 def written(engine: Engine) -> None:
     """Wait until nothing is under way to a tier."""
     assert engine._loop.cold.spiller.drain(60)
@@ -190,6 +184,16 @@ def n_objects(engine: Engine) -> int:
     return len(list(engine._loop.cold.tiers[-1].scan()))
 
 
+@pytest.fixture(scope="module")
+def asked(checkpoint: Checkpoint) -> list[tuple[list[int], Answered]]:
+    """Random prompts, some of them twice, and what the engine says to each without any tier."""
+    rng = random.Random(4)
+    prompts = [rng.choice(PROMPTS)[: rng.randrange(200, 640)] + PROMPTS[0][-60:] for _ in range(8)]
+    prompts += rng.sample(prompts, 4)
+    with Engine(checkpoint, "demo", pool_bytes=64 << 20) as engine:
+        return [(prompt, run(engine, [prompt])[0]) for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     ("policy", "options"),
     [
@@ -201,16 +205,12 @@ def n_objects(engine: Engine) -> int:
     ],
     ids=str,
 )
-def test_what_a_small_device_evicts_is_found_again(make, tmp_path, checkpoint, policy, options) -> None:
+def test_what_a_small_device_evicts_is_found_again(make, tmp_path, asked, policy, options) -> None:
     """Random requests over a pool that holds few of them; answers as without tiers, and no child outlives a parent."""
-    rng = random.Random(4)
-    asked = [rng.choice(PROMPTS)[: rng.randrange(200, 640)] + PROMPTS[0][-60:] for _ in range(8)]
-    asked += rng.sample(asked, 4)
-    plain = make()
-    expected = [run(plain, [prompt])[0] for prompt in asked]
     engine = make(f"disk://{tmp_path}", pool_bytes=2 << 20, policy=policy, **options)
     for begin in range(0, len(asked), 4):
-        assert run(engine, asked[begin : begin + 4]) == expected[begin : begin + 4]
+        prompts, expected = zip(*asked[begin : begin + 4], strict=True)
+        assert run(engine, prompts) == list(expected)
         written(engine)
         require_closed(engine)
     assert sum(engine.cold_stats().restored.tokens.values()) > 0 or (policy is ColdPolicy.SECOND_USE and not options)

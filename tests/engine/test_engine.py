@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
 
 import pytest
 import torch
+from waiting import until
 
 from stemcache import Engine, SamplingParams
 from stemcache.engine.errors import ContextLengthError, EngineClosedError, EngineError, InvalidRequestError
@@ -193,10 +193,7 @@ def test_stop_strings_end_the_text(demo_engine):
 
 
 def until_idle(engine):
-    deadline = time.monotonic() + 20
-    while (stats := engine.stats()).running or stats.waiting:
-        assert time.monotonic() < deadline, "the request goes on"
-        time.sleep(0.01)
+    until(lambda: (engine.stats().running, engine.stats().waiting) == (0, 0))
 
 
 def test_cancelling_frees_everything_but_the_cache(llama_engine):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
 from redis_process import RedisProcess, SentinelProcess, installed_servers
 from tls_redis import tls_server
+from waiting import until
 
 from stemcache.api.server_process import free_port
 from stemcache.prefixtree.tiers.redis import RedisTier
@@ -25,13 +25,6 @@ NAMESPACE = bytes(32)
 
 def soon() -> float:
     return time.monotonic() + 20
-
-
-def until(holds: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.05)
 
 
 def objects(count: int) -> dict[bytes, bytes]:

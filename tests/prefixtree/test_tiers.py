@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from redis_process import RedisProcess, installed_servers
 from tls_redis import tls_server
+from waiting import until
 
 from stemcache.api.server_process import free_port
 from stemcache.prefixtree.errors import TierError
@@ -88,13 +88,6 @@ def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("neither redis-server nor valkey-server is installed")
     with tls_server(tmp_path_factory.mktemp("tls")) as (process, ca):
         yield f"rediss://127.0.0.1:{process.port}?ca={ca}"
-
-
-def until(holds: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
 
 
 def test_random_visits_against_a_dictionary(tier: Tier) -> None:

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 from redis_process import RedisProcess, installed_servers
+from waiting import until
 
 from stemcache.engine.cold import ColdOptions
 from stemcache.engine.demo import MODEL_PATH
@@ -33,13 +34,6 @@ class Clock:
 def _stored(engine: Engine) -> int:
     (tier,) = engine._loop.cold.tiers
     return sum(1 for _ in tier.scan(engine.namespace().digest))
-
-
-def _until_available(engine: Engine) -> None:
-    deadline = time.monotonic() + 60
-    while not engine.cold_stats().tiers[0].is_available:
-        assert time.monotonic() < deadline, "the tier never answered again"
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(not installed_servers(), reason="neither redis-server nor valkey-server is installed")
@@ -70,7 +64,7 @@ def test_a_tier_that_does_not_answer_forgets_when_it_does(tmp_path, restarts):
             cache.close()
             cache = cache_over(engine)  # still no answer: it opens all the same
         server.go_on()
-        _until_available(engine)
+        until(lambda: engine.cold_stats().tiers[0].is_available)
         assert _stored(engine) > 0
         clock.now += 10
         cache.expire()  # as every method does that looks at documents
