@@ -50,7 +50,7 @@ def _rounds(measured: Measured) -> str:
         by_count.setdefault(len(servers.get(WORKLOADS[workload].ours, ())), []).append(workload)
     most = max(by_count, default=0)
     others = [f"{count} of {', '.join(names)}" for count, names in by_count.items() if count != most]
-    return f"{most} rounds" + (f" ({'; '.join(others)})" if others else "")
+    return f"rounds: {most}" + (f" ({'; '.join(others)})" if others else "")
 
 
 def _figures(by_server: dict[str, float]) -> str:
