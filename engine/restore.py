@@ -1,9 +1,8 @@
 """Restoring: chunks on their way back from the tiers to the device, while other requests compute.
 
 Invariants: the engine's thread never waits for a tier. A request waits for its chunks until its budget is spent and not
-longer; what has not arrived by then is computed. Slots are written from whole and checked chunks, by the threads that
-load them, and by nobody once the restoration has ended: its end waits for copies in memory that are under way, nothing
-else. (Copies made by the engine's thread instead would need the bytes for longer, or twice.)
+longer; what has not arrived by then is computed. Slots are written by the threads that load (see `ChunkLoader`), and
+by none once the restoration has ended.
 
 A restoration holds a lease with a claim, like a request that computes: so whoever needs the same chunks waits for them,
 nothing is loaded twice, and what has arrived is shared as soon as it is committed.
@@ -21,18 +20,18 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Final
 
+from stemcache.engine.chunk_loader import ChunkLoader
 from stemcache.engine.load_cost import LoadCost
 from stemcache.engine.restoration import Found, LoadBudget, Restoration, RestoreCounters
 from stemcache.engine.sequence import Sequence
-from stemcache.prefixtree.chunk_frames import unpack_bytes
 from stemcache.prefixtree.codecs.codec import Codec
-from stemcache.prefixtree.errors import CapacityError, FrameError
+from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import path_digests
 from stemcache.prefixtree.pool import KVPool
-from stemcache.prefixtree.runs import Run, runs_after
+from stemcache.prefixtree.runs import runs_after
 from stemcache.prefixtree.store import Lease, PrefixStore
-from stemcache.prefixtree.tiers.tier import Miss, Tier, tier_key
+from stemcache.prefixtree.tiers.tier import Tier, tier_key
 from stemcache.prefixtree.tokens import TOKEN_BYTES, encode_tokens
 
 log = logging.getLogger(__name__)
@@ -41,8 +40,6 @@ CONNECTIONS: Final = 4
 MAX_AT_ONCE: Final = 4
 LOOK_AHEAD: Final = 16
 """Waiting requests that are looked at before their turn."""
-
-_OTHERS: Final = frozenset({"version_newer"})  # refused, but not ours to delete: a newer program may still read it
 
 
 class Restorer:
@@ -65,8 +62,8 @@ class Restorer:
         cost: LoadCost,
         budget: LoadBudget,
     ) -> None:
-        self._store, self._pool, self._tiers = store, pool, tiers
-        self._group, self._codec, self._secret = group, codec, secret
+        self._store, self._tiers, self._group = store, tiers, group
+        self._loader = ChunkLoader(pool, codec, secret)
         self._post, self._restoring = post, restoring
         self._cost, self._budget = cost, budget
         self.counters = RestoreCounters()
@@ -268,42 +265,8 @@ class Restorer:
         is_here = False
         try:
             if not restoration.ended and index < len(restoration.objects):
-                is_here = self._fill(restoration, found)
+                is_here = self._loader.load(restoration, found)
         except Exception:
             log.exception("a load from a tier failed")
         at = time.monotonic()
         self._post(lambda: self._arrived(restoration, index, is_here, at))
-
-    def _fill(self, restoration: Restoration, found: Found) -> bool:
-        """Bring an object's chunks, checked, into their slots; False for a miss of any kind, which has been counted."""
-        try:
-            with found.tier.reading(found.key, restoration.deadline) as value:
-                if isinstance(value, Miss):
-                    return False
-                chunks = unpack_bytes(
-                    value,
-                    found.digest,
-                    self._codec,
-                    layout=self._pool.layout,
-                    namespace=restoration.namespace,
-                    secret=self._secret,
-                )
-                if len(chunks) != found.run.last - found.run.first + 1:
-                    raise FrameError("header", "the object holds another number of chunks than its name says")
-                return self._write(restoration, found.run, chunks)
-        except FrameError as error:
-            found.tier.counters.missed(error.reason)
-            log.warning("an object of the %s tier was refused: %s", found.tier.name, error)
-            if error.reason not in _OTHERS:
-                found.tier.delete([found.key])
-            return False
-
-    def _write(self, restoration: Restoration, run: Run, chunks: list[memoryview]) -> bool:
-        """Copy chunks that were not there before into their slots; False if they are nobody's any more."""
-        with restoration.writing:
-            if restoration.ended:
-                return False
-            for depth, chunk in enumerate(chunks, run.first):
-                if depth > restoration.depth:
-                    self._pool.copy_in(restoration.slots[depth - 1], chunk)
-            return True
