@@ -1,6 +1,7 @@
 """Take the pictures of the live page that docs/live-page.md shows: `python scripts/page_screenshots.py`.
 
-A real server on the demo model, with documents, a disk tier and questions that keep coming while Chromium looks.
+A real server on the demo model, with documents, a pool that is too small for them, tiers below it, and questions that
+keep coming while Chromium looks. Without motion, or a picture might show blocks on their way.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     corpus = random_corpus(random.Random(SEED), 24, fillers=6)
     with tempfile.TemporaryDirectory() as place:
         tiers = ("--cold", f"disk://{place}/cold", "--cold-bytes", "64MiB", "--host-bytes", "8MiB")
-        small = ("--pool-bytes", "20MiB", "--chunk-tokens", "16", "--show-cache-text")
+        small = ("--pool-bytes", "3MiB", "--chunk-tokens", "16", "--show-cache-text")
         with ServerProcess(*small, *tiers) as server:
             server.wait_until_ready()
             with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as client:
@@ -71,7 +72,7 @@ VIEWS = (
 def take(browser: Browser, url: str, view: View, corpus: list[FactDocument], folder: Path) -> None:
     """Let the page watch for a while, and take its picture."""
     size: Any = {"width": view.width, "height": view.height}
-    with browser.new_context(viewport=size, color_scheme=view.scheme) as context:
+    with browser.new_context(viewport=size, color_scheme=view.scheme, reduced_motion="reduce") as context:
         page = context.new_page()
         page.goto(url)
         page.wait_for_timeout(1000 * WATCHED_SECONDS)
