@@ -75,8 +75,9 @@ export function showTiles({ tenant }, health, recent) {
   const { cached, computed } = tenant.first_token;
   say(byId("warm"), cached.median_seconds === null ? "–" : seconds(cached.median_seconds));
   const both = cached.median_seconds !== null && computed.median_seconds !== null;
+  const times = computed.median_seconds / cached.median_seconds;
   say(byId("warm-note"), both
-    ? `${seconds(computed.median_seconds)} where most is computed: ${(computed.median_seconds / cached.median_seconds).toFixed(1)} times as long`
+    ? `${seconds(computed.median_seconds)} where most is computed${times > 1.05 ? `: ${times.toFixed(1)} times as long` : ""}`
     : cached.median_seconds === null ? "no cached request yet" : "median of the latest requests");
   say(byId("saved"), compact(hits));
   say(byId("saved-note"), `of ${compact(hits + misses)} prompt tokens were not computed again`);
