@@ -141,7 +141,8 @@ def _submit(engine: Engine, params: SamplingParams, tokens: Sequence[int], tenta
 
 def _computed(engine: Engine, tokens: Sequence[int], params: SamplingParams) -> str:
     engine.clear_cache()
-    return engine.generate([tokens], params)[0].text
+    (completion,) = engine.generate([tokens], params)
+    return completion.text
 
 
 def _allow_blend(one: Served, kind: str) -> None:
