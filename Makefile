@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
+.PHONY: help demo test test-sweeps test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -27,7 +27,10 @@ demo: $(READY)  ## serve the demo model and ask it 40 questions over HTTP
 # Two at a time, a thread each: most of them wait for a process of their own now and then.
 WORKERS ?= 2
 test: $(READY)  ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not sweep"
+
+test-sweeps: $(READY)  ## the longer ones: all model families, Triton kernels under the interpreter, the demo, tiers
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m sweep
 
 check: $(READY)  ## lint, formatting, types, import directions
 	@$(BIN)/ruff check .

@@ -52,6 +52,7 @@ def small_server(code: str, name: str = "toy") -> Server:
     return Server([sys.executable, "-c", code, str(port), name], port, {})
 
 
+@pytest.mark.sweep
 def test_ours_through_the_whole_harness(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

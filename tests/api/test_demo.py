@@ -21,6 +21,7 @@ def test_each_question_comes_with_the_document_that_answers_it() -> None:
     assert asked == list(questions(random.Random(1)))
 
 
+@pytest.mark.sweep
 def test_the_demo_answers_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo"]) == 0
     printed = capsys.readouterr().out

@@ -92,6 +92,7 @@ def workload(rng: random.Random) -> Iterator[list[list[int]]]:
         yield [rng.choice(texts)[: rng.randrange(SIZE, 11 * SIZE)] for _ in range(rng.choice([1, 1, 2]))]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_what_is_told_below_is_what_can_be_restored(
     make: Callable[[dict[str, Any]], Engine], options: dict[str, Any]

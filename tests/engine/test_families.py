@@ -17,6 +17,7 @@ from stemcache.engine.errors import ModelLoadError
 WORKLOADS, BY_GENERATE = 8, 2
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_transformers_greedy_ones(family, models):
     served, reference = models(family)

@@ -20,6 +20,8 @@ from stemcache.kernels.plan import AttentionPlan, SequenceRows
 from stemcache.kernels.quantised import QuantisedLayer, quantise
 from stemcache.kernels.triton_metadata import gpu_sharing
 
+pytestmark = pytest.mark.sweep
+
 pytest.importorskip("triton", reason="the GPU kernels need Triton: pip install 'stemcache[gpu]'")
 
 # As in test_attention.py: relative to the largest output.

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.sweep
+
 pytest.importorskip("triton", reason="the GPU kernels need Triton: pip install 'stemcache[gpu]'")
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
