@@ -3,31 +3,32 @@
 # several times as large. The last stages hold a virtual environment and nothing that was needed to make it.
 
 FROM python:3.11.14-slim-bookworm AS build
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 RUN python -m venv /opt/stemcache
 ENV PATH=/opt/stemcache/bin:$PATH
 WORKDIR /src
 
 # torch comes first and alone, so that nothing else chooses its build, and a change of ours does not fetch it again. The
-# versions of the rest are bounded in pyproject.toml, which is what hadolint asks for.
+# versions of the rest are bounded in pyproject.toml, which is what hadolint asks for (DL3013); pip's cache is mounted and
+# in no image (DL3042, which knows of such a mount in root's home only).
 FROM build AS build-cpu
 ARG TORCH=torch==2.13.0
-# hadolint ignore=DL3013
-RUN --mount=type=cache,target=/root/.cache/pip \
+# hadolint ignore=DL3013,DL3042
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install --index-url https://download.pytorch.org/whl/cpu "$TORCH"
 COPY . .
-# hadolint ignore=DL3013
-RUN --mount=type=cache,target=/root/.cache/pip \
+# hadolint ignore=DL3013,DL3042
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install ".[redis,rag,codecs,otel]"
 
 FROM build AS build-gpu
 ARG TORCH=torch==2.13.0
-# hadolint ignore=DL3013
-RUN --mount=type=cache,target=/root/.cache/pip \
+# hadolint ignore=DL3013,DL3042
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install "$TORCH"
 COPY . .
-# hadolint ignore=DL3013
-RUN --mount=type=cache,target=/root/.cache/pip \
+# hadolint ignore=DL3013,DL3042
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install ".[gpu,redis,rag,codecs,otel]"
 
 FROM python:3.11.14-slim-bookworm AS runtime

@@ -51,7 +51,7 @@ def _merged(
 ) -> Tensor:
     """The calls' partials combined by row: [rows, group, kv_heads, head_dim]."""
     outputs, lses = zip(*partials, strict=True)
-    if merges[0].aligned:
+    if merges[0].aligned:  # then it has all partials, and is the only one
         return merge_aligned(_blocks(outputs, rows), _blocks(lses, rows), sink)
     output, lse = torch.cat(outputs), torch.cat(lses)
     if len(merges) == 1:

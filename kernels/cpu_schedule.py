@@ -59,7 +59,7 @@ class Call:
     start, stop: tokens of the view, or of each group's gathered keys.
     splits: equal parts of a view's keys, each giving its own partial.
     packed: the query heads of a KV head are packed into the rows; otherwise every head is called by itself.
-    causal: the keys are the rows' own, one each, after `padding` keys that all rows see.
+    causal: the last keys are the rows' own, one each; all rows see those before them.
     mask: additive, broadcastable to [batch, 1, kernel rows, keys], or None where all is visible.
     """
 
@@ -72,8 +72,12 @@ class Call:
     splits: int
     packed: bool
     causal: bool
-    padding: int
     mask: Tensor | None
+
+    @property
+    def padding(self) -> int:
+        """Rows of zeros before the others, so that a causal call has as many rows as keys."""
+        return self.stop - self.start - self.n_rows if self.causal else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +150,10 @@ class _Builder:
             return
         many = len(rows) >= MANY_ROWS
         if many and not item.shared and last - first < reach:
-            before = first - start
-            if before**2 <= PADDED_SQUARE * len(rows) and last - start < reach:
-                self._piece(item, rows, start, stop, causal=True, padding=before)
-                return
-            self._piece(item, rows, first, stop, causal=True)
-            stop = first
+            few_before = (first - start) ** 2 <= PADDED_SQUARE * len(rows) and last - start < reach
+            begin = start if few_before else first
+            self._piece(item, rows, begin, stop, causal=True)
+            stop = begin
         full_start, full_stop = max(start, last - reach + 1), min(stop, first + 1)
         done = start
         for begin, end in self._stretches(item, full_start, full_stop, len(rows)):
@@ -198,7 +200,7 @@ class _Builder:
                 self.tiles.append(_Tile(rows, _run(item, base, end, size), base, start, end))
             start = end
 
-    def _piece(self, item: WorkItem, rows: Ints, start: int, stop: int, *, causal: bool, padding: int = 0) -> None:
+    def _piece(self, item: WorkItem, rows: Ints, start: int, stop: int, *, causal: bool) -> None:
         """One call for one run of keys: a view where its chunks follow one another, else gathered."""
         size = self.plan.chunk_tokens
         base = start // size * size
@@ -222,7 +224,6 @@ class _Builder:
             splits=self._splits(len(rows), stop - start) if contiguous and packed else 1,
             packed=packed,
             causal=causal,
-            padding=padding,
             mask=None if visible is None else self._mask(visible[None], packed),
         )
         seen = rows if visible is None else np.where(visible.any(axis=1), rows, -1)
@@ -283,7 +284,6 @@ class _Builder:
             splits=1,
             packed=True,
             causal=False,
-            padding=0,
             mask=None if visible is None else self._mask(visible, packed=True),
         )
         self._add(call, rows.ravel() if visible is None else np.where(visible.any(axis=2), rows, -1).ravel())

@@ -13,7 +13,7 @@ from stemcache.engine.errors import ContextLengthError, InvalidRequestError
 from stemcache.prefixtree.tokens import decode_tokens
 from stemcache.ragcache.documents import Document
 from stemcache.ragcache.errors import DocumentError, DocumentNotFoundError, NoDocumentsError
-from stemcache.ragcache.preparation import Space, Wish
+from stemcache.ragcache.preparation import Preparation, Space, Wish
 
 SHORT = SamplingParams(max_tokens=24, temperature=0)
 BRIEF = SamplingParams(max_tokens=2, temperature=0)
@@ -219,6 +219,30 @@ def test_a_document_that_is_deleted_while_its_request_is_prepared(engine, cache_
     cache._answer(prepared, SHORT)
     engine.stats()
     assert not any(documents[0].title in text for text in cached_texts(engine))
+
+
+@pytest.mark.parametrize("how", ["asked", "warmed"])
+def test_a_deletion_between_retrieval_and_composition_leaves_no_prompt_behind(cache_of, monkeypatch, how):
+    cache, (facts, documents) = cache_of(), corpus(11, 3)
+    cache.add(documents)
+    compose, composed_after = Preparation.compose, []
+
+    def compose_after_deletion(preparation, *arguments, **options):
+        if not composed_after:
+            composed_after.append(cache.delete(documents[0].id))
+            composed = compose(preparation, *arguments, **options)
+            assert any(documents[0].title in text for text in remembered_texts(cache))
+            return composed
+        return compose(preparation, *arguments, **options)
+
+    monkeypatch.setattr(Preparation, "compose", compose_after_deletion)
+    if how == "asked":
+        cache.ask(facts[0].facts[0].question, params=SHORT)
+    else:
+        cache.warm(documents[0].id)
+    assert composed_after
+    assert not any(documents[0].title in text for text in remembered_texts(cache))
+    assert not any(documents[0].title in text for text in cached_texts(cache.engine))
 
 
 def test_questions_and_deletions_at_once(engine, cache_of):
