@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import httpx
+
 from peers.checkpoint import text_of
 from peers.commands import Peer, Settings
 from peers.drive import AnswerError, Client
@@ -56,7 +58,7 @@ class Contestant:
         return Client(self.server.url, self.model, honours_n=self.peer.honours_n)
 
 
-FAILURES = (AnswerError, ServerStartError, TimeoutError, OSError)
+FAILURES = (AnswerError, ServerStartError, httpx.HTTPError, TimeoutError, OSError)
 
 
 async def start(stack: ExitStack, peers: Sequence[Peer], settings: Settings, measured: Measured) -> list[Contestant]:

@@ -67,7 +67,9 @@ class Client:
     def __init__(self, url: str, model: str, *, honours_n: bool) -> None:
         self._model = model
         self._honours_n = honours_n
-        limits = httpx.Limits(max_connections=None)
+        # A connection for each request: one that is kept may be ended by its server just as the next request is sent,
+        # as llama.cpp did once.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(base_url=url, trust_env=False, timeout=600, limits=limits)
 
     async def __aenter__(self) -> Self:
