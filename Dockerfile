@@ -48,6 +48,15 @@ ENTRYPOINT ["stemcache"]
 CMD ["serve", "--host", "0.0.0.0"]
 
 FROM runtime AS gpu
+# Triton compiles a small C library where it runs, and loads it from its cache: so a compiler, and a folder that may hold
+# executables, which /tmp may not in the compose file. The versions are the release's (DL3008).
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+ENV TRITON_CACHE_DIR=/var/lib/stemcache/triton
+USER 10001:10001
 COPY --from=build-gpu /opt/stemcache /opt/stemcache
 
 FROM runtime AS cpu

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sweeps test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
+.PHONY: help demo test test-sweeps test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu engine-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -103,6 +103,10 @@ kernel-gate: $(READY)  ## compile every GPU kernel configuration for sm_80, sm_9
 kernels-gpu: $(READY)  ## on a GPU: the kernels' tests, then their benchmark (nine minutes)
 	@$(BIN)/python -m pytest -q tests/kernels
 	@$(BIN)/python benchmarks/kernels.py
+
+engine-gpu: $(READY)  ## on a GPU: the engine over the kernels, its tests, then its benchmark (ten minutes)
+	@$(BIN)/python -m pytest -q tests/engine/test_decode_graphs.py tests/prefixtree/test_layout_and_pool.py
+	@$(BIN)/python benchmarks/engine_gpu.py
 
 train: $(READY)  ## train the demo model anew (two hours on two cores)
 	@$(BIN)/python scripts/train_demo_model.py --out engine/demo/stemcache-demo --minutes 120

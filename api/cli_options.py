@@ -18,7 +18,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="cuda is refused until there is a backend for it",
+        help="auto is the CPU; cuda has been tested without a GPU only (docs/kernels.md)",
     )
     parser.add_argument(
         "--dtype",

@@ -15,6 +15,7 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,10 +39,13 @@ class StepClock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def our_steps(engine: Engine, prompts: list[list[int]], steps: int) -> list[float]:
-    """Seconds of each of `steps` decode steps of all prompts together; their prefix is cached."""
+def our_steps(
+    engine: Engine, prompts: list[list[int]], steps: int, salts: Sequence[bytes] | None = None
+) -> list[float]:
+    """Seconds of each of `steps` decode steps of all prompts together; their prefix is cached. salts: one a prompt."""
     params = SamplingParams(max_tokens=steps + 3, temperature=0, ignore_eos=True)
-    streams = [engine.submit(prompt, params) for prompt in prompts]
+    salts = salts or [b""] * len(prompts)
+    streams = [engine.submit(prompt, params, cache_salt=salt) for prompt, salt in zip(prompts, salts, strict=True)]
     deltas = [iter(stream) for stream in streams]
     ticks = []
     for _ in range(steps + 3):

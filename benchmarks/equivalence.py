@@ -227,7 +227,7 @@ def _served_logits(served: PreTrainedModel, prompts: list[list[int]]) -> list[to
 
         def record(step: list[Any]) -> torch.Tensor:
             logits = run(step)
-            rows.extend(logits)
+            rows.extend(logits.clone())  # the next step may overwrite them
             return logits
 
         engine._runner.run = record  # type: ignore[method-assign, assignment]

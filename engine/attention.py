@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from stemcache.engine.errors import ModelLoadError
-from stemcache.kernels.attention import append_kv, attend
+from stemcache.kernels.attention import Backend, append_kv, attend
 from stemcache.kernels.plan import AttentionPlan
 from stemcache.prefixtree.pool import KVPool
 
@@ -31,6 +31,7 @@ class StepContext:
 
     plan: AttentionPlan
     pool: KVPool
+    backend: Backend
 
 
 def register() -> None:
@@ -65,7 +66,7 @@ def _attention(
             "so the model cannot be served exactly"
         )
     pool_layer = step.pool.layer(int(module.layer_idx))  # type: ignore[arg-type]
-    append_kv(pool_layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.plan)
+    append_kv(pool_layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.plan, backend=step.backend)
     output = attend(
         query[0].transpose(0, 1),
         pool_layer,
@@ -74,5 +75,6 @@ def _attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        backend=step.backend,
     )
     return output[None], None

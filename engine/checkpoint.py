@@ -7,6 +7,7 @@ remedy.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from stemcache.engine import attention
 from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
+from stemcache.kernels.attention import triton_backend
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,6 +36,25 @@ class Checkpoint:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     fingerprint: bytes
+
+
+def device_named(name: str) -> torch.device:
+    """The device "auto", "cpu" or "cuda". Raises ModelLoadError where there is none, or what it needs is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ModelLoadError(f"device must be auto, cpu or cuda; got {name!r}")
+    if name != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ModelLoadError(
+            f"device 'cuda' was asked for, but torch {torch.__version__} finds no GPU here: use device='cpu', or "
+            "install the driver and a CUDA build of torch"
+        )
+    try:
+        triton_backend()
+    except ValueError as error:
+        raise ModelLoadError(str(error)) from error
+    log.warning("models on a GPU: tested with Triton's interpreter only, and not yet on a GPU (docs/kernels.md)")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def load_checkpoint(path_or_name: str | os.PathLike[str], *, device: torch.device, dtype: str) -> Checkpoint:

@@ -19,18 +19,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Unpack
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stemcache.engine import attention
 from stemcache.engine.activity import Activity
 from stemcache.engine.blend import Blend
 from stemcache.engine.cache import Cache
-from stemcache.engine.checkpoint import Checkpoint, load_checkpoint
+from stemcache.engine.checkpoint import Checkpoint, device_named, load_checkpoint
 from stemcache.engine.cold import ColdCache, ColdOptions, ColdStats
 from stemcache.engine.completions import completions
 from stemcache.engine.cost import CostSurface
-from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
 from stemcache.engine.freed_memory import keep_freed_memory
 from stemcache.engine.grammar import GrammarCompiler
@@ -95,7 +93,9 @@ class Engine:
         self.model_name = name
         self.created = int(time.time())
         self.prompts = Prompts(checkpoint.tokenizer)
-        self._runner = ModelRunner(checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens)
+        self._runner = ModelRunner(
+            checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens, max_running=max_running
+        )
         self._fingerprint = checkpoint.fingerprint
         self.cost = CostSurface()
         self._cold = ColdCache(self._runner.pool, cold or ColdOptions(), self.cost)
@@ -135,13 +135,13 @@ class Engine:
     ) -> Engine:
         """Load a folder in Hugging Face's form, or a hub name.
 
-        device: "auto" or "cpu"; "cuda" is refused until there is a backend for it.
+        device: "auto", "cpu" or "cuda"; "auto" is the CPU until the GPU's path has been seen to run on one.
         dtype: "auto" (the checkpoint's own where it is computed natively), "float32", "bfloat16" or "float16".
         options: see EngineOptions.
         Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other values that are
         none, TierError for a cold tier that cannot be used as asked.
         """
-        checkpoint = load_checkpoint(path_or_name, device=_device(device), dtype=dtype)
+        checkpoint = load_checkpoint(path_or_name, device=device_named(device), dtype=dtype)
         name = Path(path_or_name).name if Path(path_or_name).exists() else str(path_or_name)
         return cls(checkpoint, name, **options)
 
@@ -331,11 +331,3 @@ def _eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
         getattr(checkpoint.tokenizer, "eos_token_id", None),
     ]
     return frozenset(i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
-
-
-def _device(device: str) -> torch.device:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ModelLoadError(f"device must be auto, cpu or cuda; got {device!r}")
-    if device == "cuda":
-        raise ModelLoadError("there is no attention backend for GPUs yet: use device='cpu' or 'auto'")
-    return torch.device("cpu")

@@ -1,6 +1,7 @@
 """The runner: one step of a model over a batch of sequences, with keys and values in the pool.
 
 Invariant: any mix of prefill and decode rows is one packed forward pass; the plan, not the packing, says who sees whom.
+What is returned has been computed, also on a device that works behind the host's back.
 """
 
 from __future__ import annotations
@@ -13,19 +14,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stemcache.engine.attention import StepContext
+from stemcache.engine.decode_graphs import DecodeGraphs
 from stemcache.engine.families import context_length, head_dim
 from stemcache.engine.fused import fuse_projections
 from stemcache.engine.movable import inverse_frequencies
 from stemcache.engine.scheduler import Scheduled
+from stemcache.kernels.attention import Backend, backend_for, triton_backend
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
+from stemcache.kernels.triton_metadata import gpu_sharing
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.pool import KVPool
 
 
 class ModelRunner:
-    """A model, and the pool that holds its keys and values."""
+    """A model, and the pool that holds its keys and values.
 
-    def __init__(self, model: PreTrainedModel, *, pool_bytes: int, chunk_tokens: int) -> None:
+    max_running: sequences that a step may have, at most. backend: of the attention; "auto" goes by the device.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pool_bytes: int,
+        chunk_tokens: int,
+        max_running: int,
+        backend: Backend = "auto",
+    ) -> None:
         self.config = config = model.config
         self._model = model
         if model.device.type == "cpu":
@@ -42,24 +57,38 @@ class ModelRunner:
             chunk_tokens=chunk_tokens,
         )
         self.pool = KVPool(self.layout, self.layout.chunks_in(pool_bytes), self.device)
+        self._backend = backend_for(self.device, backend)
+        on_triton = self._backend == "triton"
+        self._sharing = gpu_sharing(group=self._q_heads // self.layout.kv_heads) if on_triton else None
+        self.graphs = self._make_graphs(max_running) if on_triton else None
         self.probe()
+        if self.graphs is not None:
+            self.graphs.capture()
 
     def run(self, step: Seq[Scheduled]) -> Tensor:
-        """Compute the step's rows: logits float32[n, vocabulary], those of each entry's `logits`, in order."""
+        """Compute the step's rows: logits float32[n, vocabulary], those of each entry's `logits`, in order.
+
+        The next run may overwrite them.
+        """
         tokens: list[int] = []
         wanted: list[int] = []
         for entry in step:
             for run in entry.runs:
                 tokens += entry.sequence.tokens[run.start : run.stop]
             wanted += [len(tokens) + position - entry.stop for position in entry.logits]
-        return self._forward([rows for entry in step for rows in _rows(entry)], tokens, wanted)
+        rows = [rows for entry in step for rows in _rows(entry)]
+        if self.graphs is not None and len(rows) == len(tokens) == len(wanted):
+            logits = self.graphs.run(rows, tokens)
+            if logits is not None:
+                return logits
+        return self._run(rows, tokens, wanted)
 
     def probe(self) -> None:
         """Run one token through the model, so that what it asks of its attention is refused now and not in a request.
 
         Writes to slot 0, which nobody holds yet. Raises ModelLoadError.
         """
-        self._forward([SequenceRows(np.zeros(1, dtype=np.int32), 0, 1)], [0], [0])
+        self._run([SequenceRows(np.zeros(1, dtype=np.int32), 0, 1)], [0], [0])
 
     def read_alone(self, slots: Seq[int], positions: Seq[int]) -> None:
         """Read one token at several positions, each time as if nothing stood before it.
@@ -67,22 +96,50 @@ class ModelRunner:
         Its keys and values go to the beginnings of `slots`.
         """
         rows = [SequenceRows(np.array([slot], dtype=np.int32), 0, 1) for slot in slots]
-        self._forward(rows, [0] * len(rows), [0], torch.tensor(positions))
+        self._run(rows, [0] * len(rows), [0], torch.tensor(positions))
 
-    @torch.inference_mode()
-    def _forward(
+    def _run(
         self, rows: Seq[SequenceRows], tokens: list[int], wanted: list[int], positions: Tensor | None = None
     ) -> Tensor:
         """positions: int64[T], what keys are rotated by; by default where they lie in their sequences."""
-        plan = AttentionPlan.build(rows, chunk_tokens=self.layout.chunk_tokens)
+        plan = self._plan(rows)
+        positions = torch.from_numpy(plan.positions) if positions is None else positions
+        logits = self._forward(
+            torch.tensor([tokens], device=self.device),
+            positions[None].to(self.device),
+            plan,
+            torch.tensor(wanted, dtype=torch.long, device=self.device),
+        )
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return logits
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, wanted: Tensor | int = 0) -> Tensor:
+        """tokens, positions: int64[1, T]. wanted: rows whose logits are returned, int64[n]; all of them by default."""
         logits: Tensor = self._model(
-            input_ids=torch.tensor([tokens], device=self.device),
-            position_ids=(torch.from_numpy(plan.positions) if positions is None else positions)[None].to(self.device),
+            input_ids=tokens,
+            position_ids=positions,
             use_cache=False,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=self.device),
-            step=StepContext(plan, self.pool),
+            logits_to_keep=wanted,
+            step=StepContext(plan, self.pool, self._backend),
         ).logits
         return logits[0].float()
+
+    def _plan(self, rows: Seq[SequenceRows]) -> AttentionPlan:
+        return AttentionPlan.build(rows, chunk_tokens=self.layout.chunk_tokens, sharing=self._sharing)
+
+    def _make_graphs(self, max_running: int) -> DecodeGraphs:
+        layout, size = self.layout, self.layout.chunk_tokens
+        key = triton_backend().step_key(
+            self._q_heads, layout.kv_heads, layout.head_dim, self.pool.tensor.dtype, self.device
+        )
+        max_chunks = min(self.pool.n_chunks, -(-self.context_length // size))
+        return DecodeGraphs(self._forward, self._plan, key, max_rows=max_running, max_chunks=max_chunks)
+
+    @property
+    def _q_heads(self) -> int:
+        return int(self.config.num_attention_heads)
 
 
 def _rows(entry: Scheduled) -> list[SequenceRows]:

@@ -53,13 +53,14 @@ class ColdPolicy(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class _Write:
-    """An object to be written: a `draft`, or a `value` that is packed already."""
+    """An object to be written: a packed `value`, or a `draft` whose bytes are there once the `copies` have ended."""
 
     key: bytes
     to_host: bool
     parent: bytes | None = None
     node: Node | None = None
     draft: ChunkDraft | None = None
+    copies: Sequence[Callable[[], None]] = ()
     value: Value | None = None
     cancelled: bool = False
 
@@ -250,9 +251,8 @@ class Spiller:
             tokens=b"".join(each.key for each in nodes),
         )
         draft = ChunkDraft(header, self._codec)
-        for each, part in zip(nodes, draft.parts, strict=True):
-            self._pool.copy_out(each.slot, part)
-        return _Write(_key(node), to_host, _key(before) if before.parent is not None else None, node, draft)
+        copies = [self._pool.start_copy_out(each.slot, part) for each, part in zip(nodes, draft.parts, strict=True)]
+        return _Write(_key(node), to_host, _key(before) if before.parent is not None else None, node, draft, copies)
 
     def _put(self, item: _Write | Sequence[bytes], *, always: bool = False) -> bool:
         """Queue a write, or a path's keys to be touched; False if there is no room."""
@@ -296,6 +296,8 @@ class Spiller:
         value = item.value
         if value is None:
             assert item.draft is not None
+            for finish in item.copies:
+                finish()
             value = item.draft.pack(self._secret)
         if item.cancelled:
             return

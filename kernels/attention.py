@@ -36,7 +36,7 @@ def append_kv(
     for name, new in (("key", key), ("value", value)):
         if new.shape != expected or new.dtype != dtype:
             raise ValueError(f"{name} is {new.dtype} {tuple(new.shape)}, but plan and pool need {dtype} {expected}")
-    if _choose(backend, pool_layer) == "triton":
+    if backend_for(pool_layer.device, backend) == "triton":
         triton_backend().append(pool_layer, key, value, plan)
         return
     if isinstance(pool_layer, QuantisedLayer):
@@ -82,7 +82,7 @@ def attend(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if sinks is not None and sinks.shape != (query.shape[1],):
         raise ValueError(f"sinks must hold one logit for each of {query.shape[1]} heads, got {tuple(sinks.shape)}")
-    chosen = _choose(backend, pool_layer)
+    chosen = backend_for(pool_layer.device, backend)
     if chosen == "triton":
         output: Tensor = triton_backend().attend(
             query, pool_layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
@@ -96,24 +96,23 @@ def attend(
     return run(query, pool_layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
-def triton_backend() -> ModuleType:
-    """The module of the GPU backend, imported when first asked for. Raises ValueError where Triton is not installed."""
-    try:
-        import stemcache.kernels.triton_backend as backend
-    except ImportError as error:
-        raise ValueError(f"the GPU kernels need Triton ({error}): pip install 'stemcache[gpu]'") from error
-    return backend
-
-
-def _choose(backend: str, pool_layer: Tensor | QuantisedLayer) -> str:
-    """The backend that "auto" means, or the one asked for if it can be had."""
-    device = pool_layer.device
+def backend_for(device: torch.device, backend: Backend = "auto") -> Backend:
+    """The backend that "auto" means on a device, or the one asked for. Raises ValueError if it cannot be had there."""
     if backend not in ("auto", "cpu", "triton", "reference"):
         raise ValueError(f"unknown attention backend {backend!r}: choose auto, cpu, triton or reference")
     if backend == "auto" and device.type in ("cpu", "cuda"):
         return "triton" if device.type == "cuda" else "cpu"
     if backend == "auto" or (backend == "cpu" and device.type != "cpu"):
         raise ValueError(f"no attention backend {backend!r} for {device} tensors")
+    return backend
+
+
+def triton_backend() -> ModuleType:
+    """The module of the GPU backend, imported when first asked for. Raises ValueError where Triton is not installed."""
+    try:
+        import stemcache.kernels.triton_backend as backend
+    except ImportError as error:
+        raise ValueError(f"the GPU kernels need Triton ({error}): pip install 'stemcache[gpu]'") from error
     return backend
 
 

@@ -1,17 +1,18 @@
 """The KV pool: the one tensor in which a device's chunks live.
 
 Invariant: the tensor is allocated once, zeroed, and never moves; a slot is an index into its chunk axis. Which slot
-belongs to whom is not known here; several threads may copy at once, as long as their slots differ.
+belongs to whom is not known here; several threads may copy in at once, as long as their slots differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from stemcache.prefixtree.device_copies import DeviceCopies
 from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.layout import KVLayout
 
@@ -42,6 +43,7 @@ class KVPool:
         # numpy copies a chunk's tiles of a few KB by memcpy: a fifth faster than torch, whose loop is made for strides.
         # And it takes read-only memory, of which torch makes a tensor only with a warning.
         self._bytes = self.tensor.view(torch.uint8).numpy() if self.tensor.device.type == "cpu" else None
+        self._copies = DeviceCopies(self.tensor) if self.tensor.device.type == "cuda" else None
 
     def layer(self, index: int) -> torch.Tensor:
         """Return one layer as a view `[2, kv_heads, n_chunks, chunk_tokens, head_dim]`."""
@@ -86,12 +88,20 @@ class KVPool:
             IndexError: there is no such slot.
             ValueError: the target is not as large as a chunk.
         """
+        self.start_copy_out(slot, target)()
+
+    def start_copy_out(self, slot: int, target: memoryview) -> Callable[[], None]:
+        """As `copy_out`, but the bytes are there only when the returned function, on any thread, has returned.
+
+        The slot may be given up at once: on a GPU its copy is ordered before whatever is computed next, and on a CPU it
+        has been made.
+        """
         self._check_slot(slot)
         into = self._chunk_bytes(target)
-        if self._bytes is None:
-            into[...] = self.read_chunk(slot).view(torch.uint8).numpy()
-        else:
-            into[...] = self._bytes[:, :, :, slot]
+        if self._copies is not None:
+            return self._copies.start_out(slot, into)
+        into[...] = self._host_bytes()[:, :, :, slot]
+        return _nothing
 
     def copy_in(self, slot: int, source: bytes | bytearray | memoryview) -> None:
         """Copy into one slot what `copy_out` gave, without anything in between. The source may be read-only.
@@ -102,10 +112,14 @@ class KVPool:
         """
         self._check_slot(slot)
         chunk = self._chunk_bytes(source)
-        if self._bytes is None:
-            self.tensor[:, :, :, slot].copy_(torch.from_numpy(chunk.copy()).view(self.tensor.dtype))
+        if self._copies is not None:
+            self._copies.copy_in(slot, chunk)
         else:
-            self._bytes[:, :, :, slot] = chunk
+            self._host_bytes()[:, :, :, slot] = chunk
+
+    def _host_bytes(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        assert self._bytes is not None, "pools are in host memory or on a GPU"
+        return self._bytes
 
     def _chunk_bytes(self, data: bytes | bytearray | memoryview) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """`data` as bytes `[layers, 2, kv_heads, chunk_tokens, head_dim * itemsize]`."""
@@ -117,3 +131,7 @@ class KVPool:
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.n_chunks:
             raise IndexError(f"there is no slot {slot} in a pool of {self.n_chunks}")
+
+
+def _nothing() -> None:
+    pass

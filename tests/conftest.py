@@ -9,16 +9,12 @@ from pathlib import Path
 
 import pytest
 
+# Here and not later, as Triton reads it when it is imported, which a conftest further down may do; and without torch,
+# which the controller of pytest-xdist need not wait for.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ["TRITON_INTERPRET"] = "1"
+
 APART = {Path(__file__).parent / name for name in ("clients", "page", "stack/running")}
-
-
-def pytest_collection() -> None:
-    """Before the first file of tests, as Triton reads it when it is imported. Not above, where the controller of
-    pytest-xdist, which imports no tests, would import torch too and hold its workers up."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_finish() -> None:

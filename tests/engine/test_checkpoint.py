@@ -110,7 +110,6 @@ def test_a_hub_name_that_cannot_be_had(monkeypatch):
     ("options", "error", "says"),
     [
         ({"device": "tpu"}, ModelLoadError, "auto, cpu or cuda"),
-        ({"device": "cuda"}, ModelLoadError, "no attention backend for GPUs"),
         ({"dtype": "int8"}, ModelLoadError, "auto, float32"),
         ({"chunk_tokens": 48}, ValueError, "power of two"),
         ({"pool_bytes": 10}, CapacityError, "chunk"),
@@ -119,6 +118,12 @@ def test_a_hub_name_that_cannot_be_had(monkeypatch):
 def test_options_that_cannot_be_served(options, error, says):
     with pytest.raises(error, match=says):
         Engine.load(MODEL_PATH, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ModelLoadError, match=r"finds no GPU here: use device='cpu'"):
+        Engine.load(MODEL_PATH, device="cuda")
 
 
 def test_the_fingerprint_is_of_weights_and_configuration(folder):

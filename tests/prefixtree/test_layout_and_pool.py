@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
@@ -106,15 +107,16 @@ def test_a_chunk_that_is_written_changes_its_slot_and_nothing_else() -> None:
         assert torch.equal(pool.read_chunk(slot), other.read_chunk(slot))
 
 
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies on side streams need a GPU")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_bytes_go_straight_out_and_in(dtype: str, on_cpu: bool) -> None:
-    """As the tensor's way does it, from and into memory of others; the way for another device is tried here as well."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_bytes_go_straight_out_and_in(dtype: str, device: str) -> None:
+    """As the tensor's way does it, from and into memory of others."""
     layout = KVLayout(layers=3, kv_heads=2, head_dim=5, dtype=dtype, chunk_tokens=16)
-    pool, size = KVPool(layout, 4), layout.bytes_per_chunk
+    pool, size = KVPool(layout, 4, device), layout.bytes_per_chunk
     pool.tensor.copy_(torch.randn(pool.tensor.shape, generator=torch.Generator().manual_seed(0)))
-    if not on_cpu:
-        pool._bytes = None
     before, chunk = pool.tensor.clone(), bytearray(size)
     pool.copy_out(2, memoryview(chunk))
     assert bytes(chunk) == pool.read_chunk(2).view(torch.uint8).numpy().tobytes()
@@ -132,6 +134,28 @@ def test_bytes_go_straight_out_and_in(dtype: str, on_cpu: bool) -> None:
         with pytest.raises(IndexError, match="no slot"):
             pool.copy_out(slot, memoryview(chunk))
     assert torch.equal(pool.tensor, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_a_slot_may_be_given_up_once_its_copy_out_has_been_started(device: str) -> None:
+    """Many copies under way while their slots are overwritten, by computation and by what comes in on other threads."""
+    layout = KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="bfloat16", chunk_tokens=64)
+    pool, size = KVPool(layout, 8, device), layout.bytes_per_chunk
+    with ThreadPoolExecutor(2) as others:
+        for turn in range(8):
+            pool.tensor.copy_(torch.randn(pool.tensor.shape, generator=torch.Generator().manual_seed(turn)))
+            expected = [pool.read_chunk(slot).view(torch.uint8).numpy().tobytes() for slot in range(8)]
+            chunks = [bytearray(size) for _ in range(8)]
+            copies = [pool.start_copy_out(slot, memoryview(chunk)) for slot, chunk in enumerate(chunks)]
+            arrivals = [others.submit(pool.copy_in, slot, bytes([turn]) * size) for slot in range(0, 8, 2)]
+            pool.wipe(range(1, 8, 2))
+            list(others.map(lambda finish: finish(), copies))
+            assert [bytes(chunk) for chunk in chunks] == expected
+            for arrival in arrivals:
+                arrival.result()
+            for slot in range(8):
+                content = bytes([turn if slot % 2 == 0 else 0]) * size
+                assert pool.read_chunk(slot).view(torch.uint8).numpy().tobytes() == content
 
 
 @pytest.mark.parametrize("slot", [-1, 4])
