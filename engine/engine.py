@@ -155,7 +155,7 @@ class Engine:
         **options: Unpack[EngineOptions],
     ) -> Engine:
         """Serve a model that is already in memory, which is then stemcache's: its attention is switched, and on a CPU
-        its projections are fused, so it cannot be trained any more.
+        its projections are fused and bfloat16 weights packed, so it can be neither trained nor saved any more.
 
         options: see EngineOptions. Without a tokenizer only token ids are served. Raises ModelLoadError.
         """

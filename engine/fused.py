@@ -5,13 +5,13 @@ lie next to each other in memory, and nothing is held twice.
 
 On a CPU a product with a few rows costs about as much to begin as to compute: with one sequence of SmolLM2-135M's shape
 in bfloat16 the 211 products of a step take 49 ms, the 121 fused ones 40 (two cores; benchmarks/decode.py). Rejected:
-weights in oneDNN's packed layout, which make such a step another quarter faster, but take half as long again for
-prefills, or twice the memory; and rewriting the families' attention and MLP, as transformers' own are what we serve.
+rewriting the families' attention and MLP, as transformers' own are what we serve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -21,19 +21,25 @@ from torch.nn import functional
 _SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class _Product:
-    """The product that some projections share. It is computed when the first is asked for, and kept until the last."""
+class Product:
+    """The product that some projections share. It is computed when the first is asked for, and kept until the last.
+
+    weight: [sum of sizes, in], None once something else computes the product. bias: [sum of sizes] or None.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
-        self._weight, self._bias, self._sizes = weight, bias, list(sizes)
+        self.weight: Tensor | None = weight
+        self.bias = bias
+        self.compute: Callable[[Tensor], Tensor] = partial(functional.linear, weight=weight, bias=bias)
+        self._sizes = list(sizes)
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
 
     def part(self, index: int, hidden: Tensor) -> Tensor:
         """One projection of `hidden`, a view of the product [..., sum of sizes]."""
         if hidden is not self._input or index not in self._parts:
-            product = functional.linear(hidden, self._weight, self._bias)
-            self._input, self._parts = hidden, dict(enumerate(torch.split(product, self._sizes, dim=-1)))
+            parts = torch.split(self.compute(hidden), self._sizes, dim=-1)
+            self._input, self._parts = hidden, dict(enumerate(parts))
         part = self._parts.pop(index)
         if not self._parts:
             self._input = None  # a long prefill's are large
@@ -41,16 +47,17 @@ class _Product:
 
 
 class FusedLinear(nn.Module):
-    """A linear layer that is computed together with its siblings. weight and bias are views of theirs together."""
+    """A linear layer that is computed together with its siblings. weight and bias are views of theirs together; the
+    weight is None once the product has been packed."""
 
-    def __init__(self, product: _Product, index: int, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, product: Product, index: int, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self._product, self._index = product, index
+        self.product, self._index = product, index
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self._product.part(self._index, hidden)
+        return self.product.part(self._index, hidden)
 
 
 def fuse_projections(model: nn.Module) -> int:
@@ -83,7 +90,7 @@ def _fused(linears: Sequence[nn.Linear]) -> Iterator[FusedLinear]:
     biases = tuple(each.bias for each in linears if each.bias is not None)
     bias = torch.cat(biases) if biases else None
     sizes = [each.out_features for each in linears]
-    product, start = _Product(weight, bias, sizes), 0
+    product, start = Product(weight, bias, sizes), 0
     for index, size in enumerate(sizes):
         part = slice(start, start + size)
         yield FusedLinear(product, index, weight[part], None if bias is None else bias[part])

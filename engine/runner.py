@@ -18,6 +18,7 @@ from stemcache.engine.decode_graphs import DecodeGraphs
 from stemcache.engine.families import context_length, head_dim
 from stemcache.engine.fused import fuse_projections
 from stemcache.engine.movable import inverse_frequencies
+from stemcache.engine.packed import pack_weights
 from stemcache.engine.scheduler import Scheduled
 from stemcache.kernels.attention import Backend, backend_for, triton_backend
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
@@ -45,6 +46,7 @@ class ModelRunner:
         self._model = model
         if model.device.type == "cpu":
             fuse_projections(model)
+            pack_weights(model)
         self.device = model.device
         self.vocab_size = int(config.vocab_size)
         self.context_length = context_length(config)

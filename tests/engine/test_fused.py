@@ -39,7 +39,7 @@ def test_the_same_numbers(bias: bool, dtype: torch.dtype) -> None:
         hidden = torch.randn(1, rows, 12).to(dtype)
         for own, theirs in zip(fused(hidden), plain(hidden), strict=True):
             torch.testing.assert_close(own, theirs)
-    assert fused.q_proj._product._input is None, "a step's activations are not kept"
+    assert fused.q_proj.product._input is None, "a step's activations are not kept"
 
 
 @torch.inference_mode()
