@@ -77,9 +77,11 @@ class DecodeGraphs:
         """
         n = len(tokens)
         size = min((size for size in self._replays if size >= n), default=None)
+        if size is None:
+            return None
         plan = self._plan(rows)
         metadata = StepMetadata.build(plan, self._buffers.key.geometry)
-        if size is None or not self._buffers.fits(metadata):
+        if not self._buffers.fits(metadata):
             return None
         self._buffers.load(plan, metadata)
         self._staging[:, :n] = torch.tensor([list(tokens), plan.positions.tolist()])
