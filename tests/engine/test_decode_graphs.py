@@ -17,7 +17,7 @@ import equivalence
 import numpy as np
 import pytest
 import torch
-from equivalence import CHUNK, VOCABULARY, Reference, random_models
+from equivalence import CHUNK, VOCABULARY, Reference, Tally, random_models, run_workload
 
 from stemcache import Engine, SamplingParams
 from stemcache.engine import decode_graphs
@@ -77,6 +77,17 @@ def test_tokens_are_transformers_greedy_ones(triton_engine, family):
     assert graphs.replayed >= 4
     assert 0 < graphs.planned_ahead < graphs.replayed
     assert sum(stream.usage.cached_tokens for stream in streams) > 3 * CHUNK
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="random workloads take hours under the interpreter, and need a GPU")
+@pytest.mark.parametrize("family", equivalence.FAMILIES)
+def test_random_workloads(family):
+    served, own = random_models(family)
+    reference, total = Reference(own), Tally()
+    for seed in range(8):
+        total.add(run_workload(served.to(DEVICE), reference, seed, by_generate=False))
+    assert total.differences == []
+    assert min(total.cached_tokens, total.evictions, total.preemptions) > 0
 
 
 def test_a_step_that_does_not_fit_the_buffers_runs_without_them(triton_engine, monkeypatch):
