@@ -40,12 +40,13 @@ class PackedLinear(nn.Module):
 
 
 def can_pack() -> bool:
-    """Whether this torch, on this CPU, computes with packed bfloat16 weights."""
-    ops = torch.ops.mkldnn
-    needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    is_there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    has_them = is_there and all(hasattr(ops, name) for name in needed)
-    return has_them and bool(ops._is_mkldnn_bf16_supported())
+    """Whether this torch, on this CPU, computes with packed bfloat16 weights: by trying it."""
+    weight = torch.eye(32, dtype=torch.bfloat16)
+    try:
+        supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return supported and torch.equal(_packed(weight, None)(weight), weight)
+    except (AttributeError, RuntimeError):  # there is no such operation, or it is not for this processor
+        return False
 
 
 @torch.no_grad()
