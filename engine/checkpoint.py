@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from stemcache.engine import attention
 from stemcache.engine.errors import ModelLoadError
 from stemcache.engine.families import require_served
+from stemcache.engine.freed_memory import keep_freed_memory
 from stemcache.kernels.attention import triton_backend
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, device: torch.devic
     dtype: "auto" takes the checkpoint's own where the device computes it natively, else float32.
     Raises ModelLoadError.
     """
+    keep_freed_memory()
     folder = _folder(path_or_name)
     with _explained(folder):
         config = AutoConfig.from_pretrained(folder)

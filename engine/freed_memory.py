@@ -5,9 +5,11 @@ Invariant: nothing but what glibc holds back changes. An allocator that was prel
 The intermediate results of a prefill are megabytes each, and as delivered glibc gives such memory back to the system
 as soon as it is free: a prompt of 1,914 tokens (SmolLM2-135M's shape, bfloat16) took 17,000 to 86,000 page faults, 2 to
 8 % of its processor time, and takes 50 now. But glibc keeps it in an arena for each of up to eight threads a core, and
-the threads that write and load chunks free megabytes too: a process that opened thirty engines with a disk tier, one
-after another, held 738 MiB, of which 234 were nobody's; with two arenas it holds 504 from the first to the last.
-Rejected: preloading jemalloc or tcmalloc, which is left to the user.
+threads that write and load chunks free megabytes too: a process that opened a dozen engines with tiers, one after
+another, held 597 MiB after the first and 662 after the last, of which Python knew nothing, and ten minutes of
+`make soak-tiers` added 75 more; with one arena it holds 572 after each (benchmarks/soak_tiers.py). The small objects of
+Python are in no arena, so threads seldom meet there. Rejected: two arenas, which still grew; preloading jemalloc or
+tcmalloc, which is left to the user.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ LARGEST_KEPT: Final = 64 << 20
 """Bytes of a block up to which it is kept. The chunk pool is larger, and goes back when the engine is closed."""
 KEPT: Final = 128 << 20
 """Bytes at the end of a heap that are kept."""
-ARENAS: Final = 2
-"""The engine's thread computes in one of them while another thread allocates. Python's small objects are in neither."""
+ARENAS: Final = 1
+"""How many heaps there are for threads that begin from then on; those of earlier threads stay."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
