@@ -5,11 +5,11 @@ Invariant: nothing but what glibc holds back changes. An allocator that was prel
 The intermediate results of a prefill are megabytes each, and as delivered glibc gives such memory back to the system
 as soon as it is free: a prompt of 1,914 tokens (SmolLM2-135M's shape, bfloat16) took 17,000 to 86,000 page faults, 2 to
 8 % of its processor time, and takes 50 now. But glibc keeps it in an arena for each of up to eight threads a core, and
-threads that write and load chunks free megabytes too: a process that opened a dozen engines with tiers, one after
-another, held 597 MiB after the first and 662 after the last, of which Python knew nothing, and ten minutes of
-`make soak-tiers` added 75 more; with one arena it holds 572 after each (benchmarks/soak_tiers.py). The small objects of
-Python are in no arena, so threads seldom meet there. Rejected: two arenas, which still grew; preloading jemalloc or
-tcmalloc, which is left to the user.
+threads that write and load chunks free megabytes too: a process that opened 24 engines with tiers, one after another,
+held 584 MiB after the first and 697 after the last, of which Python knew nothing; with one arena, 571 to 572 after
+each of twelve (the engines of benchmarks/soak_tiers.py, six seconds each). The small objects of Python are in no arena,
+so threads seldom meet there. Rejected: two arenas, with which it still grew; preloading jemalloc or tcmalloc, which is
+left to the user.
 """
 
 from __future__ import annotations
