@@ -17,6 +17,15 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 APART = {Path(__file__).parent / name for name in ("clients", "page", "stack/running")}
 
 
+def pytest_collection() -> None:
+    """A torch that cannot use the GPU that is there; the controller of pytest-xdist, which imports no tests, need not
+    know."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays to the end: the garbage collector, which some tests call, need not look through it
     each time."""
