@@ -5,8 +5,8 @@
 
 Randomly initialised models of Llama-3.2-1B's and Llama-3.1-8B's shape in bfloat16. A prompt is 2,048 tokens that all
 share and 32 of its own. "Without sharing" are the same prompts in caches of their own, which is what a server without
-a prefix cache, or one whose kernel reads a shared prefix once a sequence, has to read. A step's floor are the weights,
-the prefix (once, or once a sequence) and each sequence's own tokens, over the rate at which this GPU copies memory.
+a prefix cache, or one whose kernel reads a shared prefix once a sequence, has to read. The floor of a step that shares
+are the weights, the prefix once, and each sequence's own tokens, over the rate at which this GPU copies memory.
 """
 
 from __future__ import annotations

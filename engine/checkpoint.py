@@ -64,7 +64,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, device: torch.devic
     dtype: "auto" takes the checkpoint's own where the device computes it natively, else float32.
     Raises ModelLoadError.
     """
-    keep_freed_memory()
+    keep_freed_memory()  # before the threads that read files begin
     folder = _folder(path_or_name)
     with _explained(folder):
         config = AutoConfig.from_pretrained(folder)

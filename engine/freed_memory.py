@@ -6,10 +6,10 @@ The intermediate results of a prefill are megabytes each, and as delivered glibc
 as soon as it is free: a prompt of 1,914 tokens (SmolLM2-135M's shape, bfloat16) took 17,000 to 86,000 page faults, 2 to
 8 % of its processor time, and takes 50 now. But glibc keeps it in an arena for each of up to eight threads a core, and
 threads that write and load chunks free megabytes too: a process that opened 24 engines with tiers, one after another,
-held 584 MiB after the first and 697 after the last, of which Python knew nothing; with one arena, 571 to 572 after
-each of twelve (the engines of benchmarks/soak_tiers.py, six seconds each). The small objects of Python are in no arena,
-so threads seldom meet there. Rejected: two arenas, with which it still grew; preloading jemalloc or tcmalloc, which is
-left to the user.
+held 584 MiB after the first and 697 after the last, of which Python knew nothing; with one arena, 571 to 572 from
+the third to the twelfth (the engines of benchmarks/soak_tiers.py, six seconds each). Python's small objects are in no
+arena, so threads seldom meet there. Rejected: two arenas, with which it still grew; preloading jemalloc or tcmalloc,
+which is left to the user.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Invariant: a slot may be given to somebody else as soon as its copy out has been started, and what was copied in is
 there when `copy_in` returns. The computing stream never waits for a transfer, but gathers a chunk's tiles itself.
 
-**Not run yet**: no machine of ours had a GPU. tests/prefixtree/test_pool.py runs it where there is one.
+**Not run yet**: no machine of ours had a GPU. tests/prefixtree/test_layout_and_pool.py runs it where there is one.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_options_that_cannot_be_served(options, error, says):
         Engine.load(MODEL_PATH, **options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused is a machine without a GPU")
 def test_a_gpu_that_is_not_there():
     with pytest.raises(ModelLoadError, match=r"finds no GPU here: use device='cpu'"):
         Engine.load(MODEL_PATH, device="cuda")

@@ -50,7 +50,7 @@ print(psutil.Process().memory_info().rss - before >> 20)
 leave.set()
 """
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have other allocators")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings: other systems have other allocators")
 
 
 def said_by(program: str, argument: str) -> int:
