@@ -10,7 +10,7 @@ from typing import TypedDict
 from stemcache.engine.cold import ColdOptions
 
 # Large steps are cheaper: 2,080 tokens of a 135M model take 1.9 s at once, 2.3 s in steps of 512 (two cores, bf16).
-# While others decode, a quarter of this is what they have to wait for.
+# While others decode, a quarter of it or more is what they have to wait for (`Scheduler`).
 MAX_STEP_TOKENS = 2048
 MAX_RUNNING = 256
 # Logits of prompts whose log-probabilities are asked for: 256 MiB in float32, 512 rows of a vocabulary of 131,072.
@@ -22,7 +22,7 @@ class EngineOptions(TypedDict, total=False):
 
     pool_bytes: memory for keys and values; 2 GiB by default.
     chunk_tokens: tokens per chunk, a power of two from 16 to 256; 64 by default.
-    max_step_tokens: tokens of prompts that one step computes; a quarter of it while others decode.
+    max_step_tokens: tokens of prompts that one step computes; from a quarter of it up while others decode.
     max_running: sequences that hold slots at once.
     eviction: what goes when the pool is full, by "lru" (the default), "lfu" or "pgdsf".
     queue: which of a tenant's requests starts first, "cache" (the one that is cached for the most part, the default) or

@@ -53,8 +53,9 @@ class Scheduled:
 class Scheduler:
     """Continuous batching with chunked prefill over a prefix store.
 
-    max_step_tokens: tokens of prompts that one step computes, or a quarter of it while others decode and would have
-        to wait. Decoding sequences come first and are never held back by it.
+    max_step_tokens: tokens of prompts that one step computes. While others decode and would have to wait for it, the
+        part of it that goes with the part of all sequences that wait for their first token, but a quarter at least.
+        Decoding sequences come first and are never held back by it.
     max_running: sequences that hold slots at once.
     max_logit_rows: rows of logits in one step, beside the last one of each sequence. Only prompts whose own tokens'
         log-probabilities are asked for have such rows; what does not fit comes in the next step.
@@ -102,8 +103,7 @@ class Scheduler:
         step: dict[Sequence, Scheduled] = {}
         decoding = [s for s in self.running if s.remaining == 1]
         prefilling = [s for s in self.running if s.remaining > 1]
-        tokens = max(1, self._max_step_tokens // 4) if decoding else self._max_step_tokens
-        budget = _Budget(tokens, self._max_logit_rows)
+        budget = _Budget(self._prompt_tokens(len(decoding), len(prefilling)), self._max_logit_rows)
         for sequence in decoding + prefilling:
             count = 1 if sequence.remaining == 1 else budget.piece(sequence)
             if count == 0 or sequence.lease is None:  # no budget left, or preempted for one scheduled before
@@ -117,6 +117,17 @@ class Scheduler:
             self.waiting.charge(entry.sequence.request.tenant, entry.n_rows)
         self._admit(step, budget)
         return list(step.values())
+
+    def _prompt_tokens(self, decoding: int, prefilling: int) -> int:
+        """How many tokens of prompts a step may compute.
+
+        Rejected: a quarter whenever somebody decodes, with which a burst of prompts read its second half in small
+        steps, at half as much again a token, for the sake of the first of them that was through.
+        """
+        if not decoding:
+            return self._max_step_tokens
+        wait = prefilling + len(self.waiting)
+        return max(1, self._max_step_tokens // 4, self._max_step_tokens * wait // (wait + decoding))
 
     def _make_room(self, sequence: Sequence, n_tokens: int, step: dict[Sequence, Scheduled]) -> bool:
         """Reserve slots, preempting younger sequences where needed; False when it had to preempt `sequence` itself."""

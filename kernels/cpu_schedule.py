@@ -33,8 +33,7 @@ LONG_TOKENS = 4096
 """From here on idle threads should cost more than a call: a run gives up its broken last chunk to be split evenly (an
 estimate)."""
 MANY_ROWS = 64
-"""From here on a piece is called by itself, head by head (a prefill); below, pieces of equal shape are batched
-(an estimate)."""
+"""From here on a piece is called by itself (a prefill); below, pieces of equal shape are batched (an estimate)."""
 BUCKET_CHUNKS = 4
 """Chunks of padding accepted to save a call: one chunk of one sequence costs about 10 us, a call some 40 us."""
 WINDOW_ROWS = 256
@@ -42,6 +41,11 @@ WINDOW_ROWS = 256
 (an estimate)."""
 SPLIT_TOKENS = 256
 """Shortest part that a run is split into for the sake of balance (an estimate)."""
+PACKED_ROWS = 256
+"""Up to here a KV head's query heads become rows of one call in bfloat16, so that the kernel brings the keys into its
+products' layout once for all of them: a step of 96 to 192 rows over 576 or 2,048 cached keys (SmolLM2-135M's shape)
+takes 0.87 to 0.93 of the time, one of 256 rows 0.96 to 0.98. With 544 rows the partials' order, less handy to merge,
+costs what is won; float32 gains nothing from MANY_ROWS on."""
 PADDED_SQUARE = 128
 """A prefill of R rows takes the C keys before them into its causal call if C * C is at most this many times R: rows of
 zeros stand in for those that were computed before, which costs C * C / 2 pairs and saves a merge of R rows. (1,850 rows
@@ -206,13 +210,12 @@ class _Builder:
         base = start // size * size
         chunks = _run(item, base, stop, size)
         contiguous = bool((np.diff(chunks) == 1).all())
-        # A single bfloat16 row goes head by head: for it the kernel does not pack the keys first (290 us, not 410).
-        packed = len(rows) < MANY_ROWS and not (len(rows) == 1 and self.dtype == torch.bfloat16)
         first, last = self._span(item, rows)
         if causal or (stop <= first + 1 and (self.window is None or start > last - self.window)):
             visible = None  # told from the ends, since the matrix of a long prefill is large
         else:
             visible = self._visible(rows, np.arange(start, stop))
+        packed = not causal and self._packs(len(rows), masked=visible is not None)
         offset = int(chunks[0]) * size if contiguous else 0
         call = Call(
             rows=self._row_index(rows),
@@ -228,6 +231,16 @@ class _Builder:
         )
         seen = rows if visible is None else np.where(visible.any(axis=1), rows, -1)
         self._add(call, np.tile(seen, call.splits) if call.splits > 1 else seen)
+
+    def _packs(self, n_rows: int, *, masked: bool) -> bool:
+        """Whether a KV head's query heads become rows of one call.
+
+        Not for a single bfloat16 row, for which the kernel leaves the keys' layout as it is (290 us, not 410), and not
+        for many rows with a mask, which would be repeated for every head.
+        """
+        if self.dtype != torch.bfloat16:
+            return n_rows < MANY_ROWS
+        return 1 < n_rows < (MANY_ROWS if masked else PACKED_ROWS + 1)
 
     def _splits(self, n_rows: int, n_keys: int) -> int:
         """The least power of two that balances the kernel's tasks over the threads (or makes many of them).

@@ -75,6 +75,31 @@ def test_a_burst_computes_its_shared_prefix_once(llama_engine):
     assert sorted(c.usage.cached_tokens for c in completions) == [0] + [80] * 7
 
 
+@pytest.mark.parametrize(("decoding", "arriving", "prompt_tokens"), [(1, 3, 48), (1, 1, 32), (3, 1, 16), (8, 1, 16)])
+def test_prompts_get_the_part_of_a_step_that_goes_with_how_many_wait(llama_engine, decoding, arriving, prompt_tokens):
+    """Of 64 tokens, and a quarter of them at least, however many would have to wait for the next word."""
+    engine = llama_engine(max_step_tokens=64)
+    run, steps, all_decode, all_there = engine._runner.run, [], threading.Event(), threading.Event()
+
+    def gated(step):
+        if [entry.n_rows for entry in step] == [1] * decoding:
+            all_decode.set()
+            all_there.wait(timeout=30)
+        steps.append([entry.n_rows for entry in step])
+        return run(step)
+
+    engine._runner.run = gated
+    long = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    streams = [engine.submit([3 + i, 5], long) for i in range(decoding)]
+    assert all_decode.wait(timeout=30)
+    streams += [engine.submit([20 + i] * 70, GREEDY) for i in range(arriving)]
+    all_there.set()
+    for stream in streams:
+        list(stream)
+    first = next(step for step in steps if step[:decoding] == [1] * decoding and len(step) > decoding)
+    assert sum(first[decoding:]) == prompt_tokens
+
+
 def test_who_waits_for_a_prefix_goes_on_when_its_computation_is_cancelled(llama_engine):
     engine = llama_engine(max_step_tokens=8)
     first = engine.submit(PREFIX + [3], GREEDY)

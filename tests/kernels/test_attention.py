@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stemcache.kernels.attention import append_kv, attend
-from stemcache.kernels.cpu_schedule import PADDED_SQUARE, schedule
+from stemcache.kernels.cpu_schedule import MANY_ROWS, PACKED_ROWS, PADDED_SQUARE, schedule
 from stemcache.kernels.plan import SequenceRows
 
 # Relative to the largest output. float32: summation order. 16-bit: the output's own rounding, once for the partial
@@ -131,6 +131,25 @@ def test_prefill_after_few_tokens(
     assert_matches(batch, window=window)
     assert_matches(batch, window=window, softcap=2.0)
     assert_matches(batch, window=window, sinks=torch.linspace(-2, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 400, 5000])
+@pytest.mark.parametrize("rows", [63, 64, 256, 257])
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_prefill_over_many_cached_tokens(
+    batches: Callable[..., Any], rows: int, window: int | None, dtype: torch.dtype, fragmented: bool
+) -> None:
+    """Whether the heads are packed or called one by one."""
+    ids = np.random.default_rng(0).permutation(20) if fragmented else np.arange(20)
+    sequences = [sequence([int(i) for i in ids], 900, 900 + rows)]
+    batch = batches(sequences, chunk_tokens=64, kv_heads=2, group=3, dtype=dtype)
+    calls = schedule(batch.plan, window=window, dtype=dtype, group=3, kv_heads=2).calls
+    if window != 400:
+        most = PACKED_ROWS if dtype == torch.bfloat16 else MANY_ROWS - 1
+        assert any(call.packed for call in calls) == (rows <= most)
+    assert_matches(batch, window=window)
+    assert_matches(batch, window=window, softcap=2.0, sinks=torch.linspace(-2, 2, 6))
 
 
 def test_identical_sequences_with_different_ends(batches: Callable[..., Any]) -> None:
