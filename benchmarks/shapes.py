@@ -18,6 +18,12 @@ SMOLLM2_135M = dict(
 )  # fmt: skip
 """HuggingFaceTB/SmolLM2-135M's config.json."""
 
+QWEN3_06B = dict(
+    vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rope_theta=1000000.0, tie_word_embeddings=True,
+)  # fmt: skip
+"""Qwen/Qwen3-0.6B's config.json. As a Llama it lacks the norms of queries and keys, a hundredth of its operations."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

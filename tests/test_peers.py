@@ -144,7 +144,7 @@ def contest(contestants: list[Contestant], measured: Measured, rounds: int, minu
 def test_who_fails_at_a_workload_is_started_afresh_for_the_others(
     contestants: list[Contestant], results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured = Measured({"dtype": "float32"})
+    measured = Measured({"shape": "tiny", "dtype": "float32"})
     weak = contestants[0].server._tree()[0].pid
     contest(contestants, measured, rounds=2)
     assert {name: len(rounds) for name, rounds in measured.rounds["easy"].items()} == {"weak": 2, "strong": 2}
@@ -156,10 +156,10 @@ def test_who_fails_at_a_workload_is_started_afresh_for_the_others(
 
 
 def test_a_run_that_was_broken_off_goes_on(contestants: list[Contestant], results: Path) -> None:
-    first = Measured({"dtype": "float32", "sizes": {"at_once": (1, 8)}})
+    first = Measured({"shape": "tiny", "dtype": "float32", "sizes": {"at_once": (1, 8)}})
     contest(contestants, first, rounds=3, minutes=0)
     assert {len(rounds) for servers in first.rounds.values() for rounds in servers.values()} == {1}, "no time for more"
-    again = Measured.load("float32")
+    again = Measured.load("tiny", "float32")
     again.require_setup(first.setup)
     assert again.rounds == first.rounds
     assert again.failures == first.failures
@@ -170,7 +170,7 @@ def test_a_run_that_was_broken_off_goes_on(contestants: list[Contestant], result
     with pytest.raises(SavedRunError, match="another sizes"):
         again.require_setup(first.setup | {"sizes": {"at_once": (1, 9)}})
     with pytest.raises(SavedRunError, match="start a run without --resume"):
-        Measured.load("bfloat16")
+        Measured.load("tiny", "bfloat16")
 
 
 def test_who_does_not_start_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +190,7 @@ def test_who_does_not_start_is_left_out(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_page_names_what_is_missing() -> None:
     ours = {"TTFT of a known prompt": [1.0]}
     measured = Measured(
-        {"dtype": "float32", "kv_tokens": 4096},
+        {"shape": "tiny", "dtype": "float32", "kv_tokens": 4096},
         versions={"stemcache-disk": "1", "vllm": "2"},
         rounds={"restart": {"stemcache-disk": [ours], "vllm": [{"TTFT of a known prompt": [3.0]}]}},
         failures={"samples": {"vllm": "it took more than 240 s"}},

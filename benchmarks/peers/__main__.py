@@ -2,11 +2,12 @@
 
     make peers-install peers
     python -m peers [--quick] [--only stemcache vllm] [--workloads restart] [--rounds 3] [--dtype bfloat16]
+    python -m peers --shape qwen3-0.6b --kv-tokens 24576 --only stemcache transformers vllm
     python -m peers --resume        goes on with a run that was broken off, or that lacks a server
     python -m peers report          the table of the last run, as Markdown
 
-from benchmarks/. Writes results/peers-<dtype>.json after every turn unless it is quick. While one server works the
-others are stopped by a signal, so the machine is each one's alone; other people's work on it shows in the spreads.
+from benchmarks/. Writes results/peers-<shape>-<dtype>.json after every turn unless it is quick. While one server works
+the others are stopped by a signal, so the machine is each one's alone; other people's work on it shows in the spreads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shapes import SMOLLM2_135M
+from shapes import QWEN3_06B, SMOLLM2_135M
 
 from peers.checkpoint import TINY, write_checkpoint
 from peers.commands import INSTALLED, PEERS, Settings
@@ -30,6 +31,8 @@ from peers.contest import Contest, start
 from peers.measured import Measured, SavedRunError
 from peers.page import markdown
 from peers.workloads import QUICK, WORKLOADS, Sizes
+
+SHAPES: dict[str, dict[str, Any]] = {"smollm2-135m": SMOLLM2_135M, "qwen3-0.6b": QWEN3_06B}
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -42,18 +45,18 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="then no second or third round begins (%(default)s)")
     parser.add_argument("--kv-tokens", type=int, default=86_016, help="keys and values that each holds (%(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--resume", action="store_true", help="go on with the last run of that dtype")
+    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="of the model (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the last run of that shape and dtype")
     return parser.parse_args(arguments)
 
 
 def settings_of(options: argparse.Namespace, cold: Path) -> Settings:
     """The checkpoint, written if it is not there yet, and what fits beside it."""
-    name, shape = ("tiny", TINY) if options.quick else ("SmolLM2-135M", SMOLLM2_135M)
+    name, shape = ("tiny", TINY) if options.quick else (options.shape, SHAPES[options.shape])
     folder = INSTALLED / "checkpoints" / f"{name}-{options.dtype}"
-    shape_of: dict[str, Any] = dict(shape)
-    per_token = 2 * shape_of["num_hidden_layers"] * shape_of["num_key_value_heads"] * shape_of["head_dim"]
+    per_token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
     return Settings(
-        checkpoint=write_checkpoint(folder, dtype=options.dtype, shape=shape_of),
+        checkpoint=write_checkpoint(folder, dtype=options.dtype, shape=shape),
         dtype=options.dtype,
         tokens=min(options.kv_tokens, 16_384) if options.quick else options.kv_tokens,
         bytes_per_token=per_token * (2 if options.dtype == "bfloat16" else 4),
@@ -68,8 +71,8 @@ async def run(options: argparse.Namespace) -> Measured:
     with ExitStack() as stack:
         cold = stack.enter_context(tempfile.TemporaryDirectory(prefix="stemcache-cold-"))
         settings = settings_of(options, Path(cold))
-        setup = {"dtype": options.dtype, "sizes": asdict(sizes), "kv_tokens": settings.tokens}
-        measured = Measured.load(options.dtype) if options.resume else Measured(setup)
+        setup = {"shape": options.shape, "dtype": options.dtype, "sizes": asdict(sizes), "kv_tokens": settings.tokens}
+        measured = Measured.load(options.shape, options.dtype) if options.resume else Measured(setup)
         measured.require_setup(setup)
         save = (lambda: None) if options.quick else measured.save
         contest = Contest([], measured, sizes, options.rounds, options.minutes, save)  # its clock runs from here
@@ -81,7 +84,8 @@ async def run(options: argparse.Namespace) -> Measured:
 def main(arguments: Sequence[str] | None = None) -> Measured:
     options = parsed(arguments)
     try:
-        measured = Measured.load(options.dtype) if options.action == "report" else asyncio.run(run(options))
+        saved = options.action == "report"
+        measured = Measured.load(options.shape, options.dtype) if saved else asyncio.run(run(options))
     except SavedRunError as error:
         sys.exit(str(error))
     print(markdown(measured))

@@ -22,7 +22,7 @@ class SavedRunError(Exception):
 
 @dataclass(slots=True)
 class Measured:
-    """One run. setup: what has to be equal for a run to go on (dtype, sizes, memory). versions: by server.
+    """One run. setup: what has to be equal for a run to go on (shape, dtype, sizes, memory). versions: by server.
 
     ready_seconds: from the first start of each. peak_mb: most memory that each held. rounds, failures: by workload and
     server; a server that failed at a workload has no further rounds of it. machine: see harness.record.
@@ -37,9 +37,9 @@ class Measured:
     machine: dict[str, Any] = field(default_factory=record)
 
     @classmethod
-    def load(cls, dtype: str) -> Self:
-        """The last run with that dtype. Raises SavedRunError."""
-        path = RESULTS / f"{_name(dtype)}.json"
+    def load(cls, shape: str, dtype: str) -> Self:
+        """The last run of that shape and dtype. Raises SavedRunError."""
+        path = RESULTS / f"{_name(shape, dtype)}.json"
         if not path.exists():
             raise SavedRunError(f"there is no {path}: start a run without --resume")
         return cls(**json.loads(path.read_text()))
@@ -52,8 +52,8 @@ class Measured:
             raise SavedRunError(f"the saved run has another {', '.join(changed)}: start a run without --resume")
 
     def save(self) -> None:
-        """Write it to results/peers-<dtype>.json."""
-        write_results(_name(self.setup["dtype"]), asdict(self))
+        """Write it to results/peers-<shape>-<dtype>.json."""
+        write_results(_name(self.setup["shape"], self.setup["dtype"]), asdict(self))
 
     def lacks(self, workload: str, server: str, round_: int) -> bool:
         """Whether this round is the next that the server has to do."""
@@ -69,5 +69,5 @@ class Measured:
         self.failures.setdefault(workload, {})[server] = reason
 
 
-def _name(dtype: str) -> str:
-    return f"peers-{dtype}"
+def _name(shape: str, dtype: str) -> str:
+    return f"peers-{shape}-{dtype}"

@@ -13,9 +13,9 @@ def markdown(measured: Measured) -> str:
     machine, setup = measured.machine, measured.setup
     versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
     parts = [
-        f"{setup['dtype']}; {versions}; {setup['kv_tokens']:,} tokens of keys and values; {machine['cores']} cores of "
-        f"{machine['cpu']}, load average {machine['load_average'][0]} at the start, {machine['date'][:10]}, commit "
-        f"{(machine['commit'] or 'unknown')[:9]}; {_rounds(measured)}.",
+        f"{setup['shape']}, {setup['dtype']}; {versions}; {setup['kv_tokens']:,} tokens of keys and values; "
+        f"{machine['cores']} cores of {machine['cpu']}, load average {machine['load_average'][0]} at the start, "
+        f"{machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:9]}; {_rounds(measured)}.",
         _table(_comparisons(measured)),
         *(
             f"{server} failed at {workload}: {reason}"
