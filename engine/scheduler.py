@@ -103,7 +103,7 @@ class Scheduler:
         step: dict[Sequence, Scheduled] = {}
         decoding = [s for s in self.running if s.remaining == 1]
         prefilling = [s for s in self.running if s.remaining > 1]
-        budget = _Budget(self._prompt_tokens(len(decoding), len(prefilling)), self._max_logit_rows)
+        budget = _Budget(self._step_tokens(len(decoding), len(prefilling)), self._max_logit_rows)
         for sequence in decoding + prefilling:
             count = 1 if sequence.remaining == 1 else budget.piece(sequence)
             if count == 0 or sequence.lease is None:  # no budget left, or preempted for one scheduled before
@@ -118,7 +118,7 @@ class Scheduler:
         self._admit(step, budget)
         return list(step.values())
 
-    def _prompt_tokens(self, decoding: int, prefilling: int) -> int:
+    def _step_tokens(self, decoding: int, prefilling: int) -> int:
         """How many tokens of prompts a step may compute.
 
         Rejected: a quarter whenever somebody decodes, with which a burst of prompts read its second half in small

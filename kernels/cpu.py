@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stemcache.kernels.cpu_schedule import Call, schedule
+from stemcache.kernels.cpu_call import Call
+from stemcache.kernels.cpu_schedule import schedule
 from stemcache.kernels.merge import Merge, merge_aligned, merge_partials
 from stemcache.kernels.plan import AttentionPlan
 

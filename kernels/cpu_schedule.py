@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stemcache.kernels.merge import Merge, plan_merges
+from stemcache.kernels.cpu_call import Call, Schedule
+from stemcache.kernels.merge import plan_merges
 from stemcache.kernels.plan import AttentionPlan, WorkItem
 
 Ints = NDArray[np.int64]
@@ -52,47 +53,6 @@ zeros stand in for those that were computed before, which costs C * C / 2 pairs 
 after 64 keys: 0.6 of the time in bfloat16, 0.9 in float32; even at 300 and 140 times R.)"""
 QUERY_TILE = 32
 """Query rows per task of the kernel for short queries (ATen/native/cpu/FlashAttentionKernel.cpp, q_split_size)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of the kernel: `batch` groups of `n_rows` rows, each against its own keys.
-
-    rows: int64[batch * n_rows] rows of the step, or None for all rows in order.
-    chunks: int64[batch * n] chunks to gather, or None for a view of the pool.
-    start, stop: tokens of the view, or of each group's gathered keys.
-    splits: equal parts of a view's keys, each giving its own partial.
-    packed: the query heads of a KV head are packed into the rows; otherwise every head is called by itself.
-    causal: the last keys are the rows' own, one each; all rows see those before them.
-    mask: additive, broadcastable to [batch, 1, kernel rows, keys], or None where all is visible.
-    """
-
-    rows: Tensor | None
-    batch: int
-    n_rows: int
-    chunks: Tensor | None
-    start: int
-    stop: int
-    splits: int
-    packed: bool
-    causal: bool
-    mask: Tensor | None
-
-    @property
-    def padding(self) -> int:
-        """Rows of zeros before the others, so that a causal call has as many rows as keys."""
-        return self.stop - self.start - self.n_rows if self.causal else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    calls: tuple[Call, ...]
-    merges: tuple[Merge, ...]
-
-    @property
-    def direct(self) -> bool:
-        """One call gives every row's only partial, in order: nothing to merge."""
-        return len(self.calls) == 1 and self.calls[0].rows is None and self.calls[0].splits == 1
 
 
 @dataclass(frozen=True, slots=True)
