@@ -239,7 +239,7 @@ def break_even(address: str, dtype: str, lengths: list[int], repeats: int) -> li
         for length in lengths:
             stored = random_tokens(rng, length + 1)
             list(engine.submit(stored, ONE))
-            engine._loop.cold.spiller.drain(60)
+            engine._loop.cold.spiller.writes.drain(60)
 
             def loaded(stored: list[int] = stored) -> None:
                 engine.clear_cache()

@@ -142,7 +142,7 @@ class ColdCache:
         silent = []
         for tier in self.tiers:
             # Before each: what a tier gives up while it is cleared is on its way to the next.
-            self.spiller.forget(lambda key: key.startswith(prefix))
+            self.spiller.writes.forget(lambda key: key.startswith(prefix))
             if not tier.delete_namespace(namespace.digest):
                 silent.append(tier.name)
         if silent:
@@ -156,15 +156,15 @@ class ColdCache:
         return ColdStats(
             tiers=tuple(tier.stats() for tier in self.tiers),
             restored=self.restorer.counters,
-            pending_bytes=self.spiller.pending_bytes,
-            dropped_writes=self.spiller.dropped,
-            failed_writes=self.spiller.failures,
+            pending_bytes=self.spiller.writes.pending_bytes,
+            dropped_writes=self.spiller.writes.dropped,
+            failed_writes=self.spiller.writes.failures,
             warnings=tuple(getattr(self.cold, "warnings", ())),
         )
 
     def close(self) -> None:
         """Write what waits to be written, and let go of the tiers; idempotent. The engine's thread has ended."""
-        self.spiller.close(FLUSH_SECONDS)
+        self.spiller.writes.close(FLUSH_SECONDS)
         for tier in self.tiers:
             tier.close()
 

@@ -13,7 +13,8 @@ import pytest
 from stemcache import Engine, SamplingParams
 from stemcache.engine.cold import ColdOptions
 from stemcache.engine.restoration import LoadBudget
-from stemcache.engine.spill import MAX_PENDING_BYTES, ColdPolicy
+from stemcache.engine.spill import ColdPolicy
+from stemcache.engine.write_behind import MAX_PENDING_BYTES
 from stemcache.prefixtree.errors import TierError
 from stemcache.prefixtree.node import path_digests
 from stemcache.prefixtree.runs import group_begin
@@ -102,10 +103,12 @@ def test_what_is_told_below_is_what_can_be_restored(
     read: list[Tokens] = []
     most = 0
     for prompts in workload(rng):
-        spiller._max_pending_bytes = 0 if rng.random() < 0.15 else MAX_PENDING_BYTES  # what does not fit is dropped
+        spiller.writes.max_pending_bytes = (
+            0 if rng.random() < 0.15 else MAX_PENDING_BYTES
+        )  # what does not fit is dropped
         for prompt, completion in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
             read.append((*prompt, *completion.token_ids))
-        assert spiller.drain(60)
+        assert spiller.writes.drain(60)
         told, device = drawn(engine, below=True), drawn(engine, below=False)
         found = restorable(engine, read, device)
         # A chunk for which there was no room on the way to the disk, and which host memory then gave up, may be told.
@@ -122,7 +125,7 @@ def test_what_is_cleared_or_forgotten_is_told_no_more(make: Callable[[dict[str, 
     for tenant in (b"", b"other"):
         for prompt in prompts:
             list(engine.submit(prompt, GREEDY, tenant=tenant))
-    assert engine._loop.cold.spiller.drain(60)
+    assert engine._loop.cold.spiller.writes.drain(60)
     theirs = engine.cache.tree(5000, with_tokens=True, tenant=b"other")
     assert engine.cache.tree(5000).below_chunks >= 20
     assert theirs.below_chunks >= 10

@@ -145,7 +145,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def written(engine: Engine) -> None:
     """Wait until nothing is under way to a tier."""
-    assert engine._loop.cold.spiller.drain(60)
+    assert engine._loop.cold.spiller.writes.drain(60)
 
 
 def ends(engine: Engine) -> dict[str, int]:

@@ -53,7 +53,7 @@ def test_a_tier_that_does_not_answer_forgets_when_it_does(tmp_path, restarts):
         cache = cache_over(engine)
         cache.add(documents)
         cache.ask(question, params=SHORT)
-        engine._loop.cold.spiller.drain(60)
+        engine._loop.cold.spiller.writes.drain(60)
         assert _stored(engine) > 0
         server.pause()
         with pytest.raises(TierError, match="the documents are changed, but the redis tier did not answer"):
