@@ -125,12 +125,12 @@ class Spiller:
     def settle(self) -> None:
         """Take in what the writers found out since: which objects were not kept."""
         while self.writes.refused:
-            write = self.writes.refused.popleft()
-            if not write.to_host and write.node is not None:
-                write.node.is_cold = False
-            in_host = self._host is not None and write.key in self._host
-            if not in_host and (write.node is None or not self._has_own(write.node)):
-                self._lost.append(digest_of(write.key))
+            refused = self.writes.refused.popleft()
+            if not refused.to_host and refused.node is not None:
+                refused.node.is_cold = False
+            in_host = self._host is not None and refused.key in self._host
+            if not in_host and (refused.node is None or not self._has_own(refused.node)):
+                self._lost.append(digest_of(refused.key))
         while self._lost:
             self.below.lost(self._lost.popleft(), self._group)
 

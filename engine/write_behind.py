@@ -47,26 +47,29 @@ class Write:
         return (self.draft.n_bytes if self.draft else 0) + (len(self.value) if self.value else 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A write that a tier did not keep, without its bytes: many may wait to be taken in while a tier is down."""
+
+    key: bytes
+    to_host: bool
+    node: Node | None
+
+
 class WriteBehind:
     """A queue of writes, and of paths to be touched, and its threads. Methods may be called from any thread.
 
     Attributes:
         max_pending_bytes, pending_bytes: of what may wait, and waits or is under way.
         dropped, failures: writes that found no room, and those that a tier, or the codec, failed at.
-        refused: writes that a tier did not keep, for whoever queued them to take out.
+        refused: what a tier did not keep, for whoever queued it to take out.
     """
 
-    def __init__(
-        self,
-        host: HostTier | None,
-        cold: Tier | None,
-        secret: bytes | None,
-        max_pending_bytes: int = MAX_PENDING_BYTES,
-    ) -> None:
+    def __init__(self, host: HostTier | None, cold: Tier | None, secret: bytes | None) -> None:
         self._host, self._cold, self._secret = host, cold, secret
-        self.max_pending_bytes = max_pending_bytes
+        self.max_pending_bytes = MAX_PENDING_BYTES
         self.pending_bytes = self.dropped = self.failures = 0
-        self.refused: deque[Write] = deque()
+        self.refused: deque[Refused] = deque()
         self._changed = threading.Condition()
         self._queue: deque[Write | Sequence[bytes]] = deque()
         self._running: set[Write] = set()
@@ -170,4 +173,4 @@ class WriteBehind:
         else:
             return
         if refusal is not None:
-            self.refused.append(write)
+            self.refused.append(Refused(write.key, write.to_host, write.node))

@@ -2,7 +2,7 @@
 
     make peers-install peers
     python -m peers [--quick] [--only stemcache vllm] [--workloads restart] [--rounds 3] [--dtype bfloat16]
-    python -m peers --shape qwen3-0.6b --kv-tokens 24576 --only stemcache transformers vllm
+    python -m peers --shape qwen3-0.6b --kv-tokens 16384 --only stemcache transformers vllm
     python -m peers --resume        goes on with a run that was broken off, or that lacks a server
     python -m peers report          the table of the last run, as Markdown
 

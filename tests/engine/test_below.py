@@ -103,9 +103,8 @@ def test_what_is_told_below_is_what_can_be_restored(
     read: list[Tokens] = []
     most = 0
     for prompts in workload(rng):
-        spiller.writes.max_pending_bytes = (
-            0 if rng.random() < 0.15 else MAX_PENDING_BYTES
-        )  # what does not fit is dropped
+        # What does not fit is dropped.
+        spiller.writes.max_pending_bytes = 0 if rng.random() < 0.15 else MAX_PENDING_BYTES
         for prompt, completion in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
             read.append((*prompt, *completion.token_ids))
         assert spiller.writes.drain(60)
