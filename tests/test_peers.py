@@ -58,7 +58,9 @@ def test_ours_through_the_whole_harness(
 ) -> None:
     monkeypatch.setattr(program, "INSTALLED", tmp_path)
     arguments = ["--quick", "--only", "stemcache", "--rounds", "2", "--workloads", "samples", "few sharers"]
-    found = program.main(arguments).rounds
+    measured = program.main(arguments)
+    found = measured.rounds
+    assert measured.setup["shape"] == "tiny"
     assert [len(found[name]["stemcache"]) for name in ("samples", "few sharers")] == [2, 2]
     assert all(seconds > 0 for round_ in found["samples"]["stemcache"] for seconds in round_["until all are there"])
     assert "| few sharers: last TTFT |" in capsys.readouterr().out

@@ -32,7 +32,7 @@ from peers.measured import Measured, SavedRunError
 from peers.page import markdown
 from peers.workloads import QUICK, WORKLOADS, Sizes
 
-SHAPES: dict[str, dict[str, Any]] = {"smollm2-135m": SMOLLM2_135M, "qwen3-0.6b": QWEN3_06B}
+SHAPES: dict[str, dict[str, Any]] = {"smollm2-135m": SMOLLM2_135M, "qwen3-0.6b": QWEN3_06B, "tiny": TINY}
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -47,13 +47,16 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="of the model (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the last run of that shape and dtype")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.shape = "tiny"
+    return options
 
 
 def settings_of(options: argparse.Namespace, cold: Path) -> Settings:
     """The checkpoint, written if it is not there yet, and what fits beside it."""
-    name, shape = ("tiny", TINY) if options.quick else (options.shape, SHAPES[options.shape])
-    folder = INSTALLED / "checkpoints" / f"{name}-{options.dtype}"
+    shape = SHAPES[options.shape]
+    folder = INSTALLED / "checkpoints" / f"{options.shape}-{options.dtype}"
     per_token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
     return Settings(
         checkpoint=write_checkpoint(folder, dtype=options.dtype, shape=shape),
