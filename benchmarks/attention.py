@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as an engine does: else glibc's way with the first large shape is what is measured
+    keep_freed_memory()  # as an engine does: else most of what gathering takes are page faults
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     rate = read_rate()
     results = []
