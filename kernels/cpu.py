@@ -81,6 +81,8 @@ def _call(query: Tensor, pool_layer: Tensor, call: Call, scale: float, softcap: 
     if call.packed:
         queries = rows.view(call.batch, call.n_rows, kv_heads, group, head_dim).transpose(1, 2)
         queries = queries.flatten(2, 3)  # a copy, unless n_rows is 1
+        if call.doubled:
+            queries = queries.expand(-1, -1, 2, -1)
         if call.splits > 1:
             queries = queries.expand(call.splits, -1, -1, -1)
     else:
@@ -96,6 +98,8 @@ def _call(query: Tensor, pool_layer: Tensor, call: Call, scale: float, softcap: 
         )
     else:
         output, lse = _softcapped(queries, key, value, call, scale, softcap)
+    if call.doubled:
+        output, lse = output[:, :, :1], lse[:, :, :1]
     output, lse = output.transpose(1, 2), lse.transpose(1, 2)  # [batch, kernel rows, heads, ...], as the kernel writes
     if call.packed:
         return output.reshape(-1, group, kv_heads, head_dim), lse.reshape(-1, group, kv_heads)

@@ -21,6 +21,7 @@ class Call:
     start, stop: tokens of the view, or of each group's gathered keys.
     splits: equal parts of a view's keys, each giving its own partial.
     packed: the query heads of a KV head are packed into the rows; otherwise every head is called by itself.
+    doubled: the kernel is given its only row twice, as two take it a fraction of the time of one.
     causal: the last keys are the rows' own, one each; all rows see those before them.
     mask: additive, broadcastable to [batch, 1, kernel rows, keys], or None where all is visible.
     """
@@ -33,6 +34,7 @@ class Call:
     stop: int
     splits: int
     packed: bool
+    doubled: bool
     causal: bool
     mask: Tensor | None
 

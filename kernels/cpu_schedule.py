@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -53,6 +54,13 @@ zeros stand in for those that were computed before, which costs C * C / 2 pairs 
 after 64 keys: 0.6 of the time in bfloat16, 0.9 in float32; even at 300 and 140 times R.)"""
 QUERY_TILE = 32
 """Query rows per task of the kernel for short queries (ATen/native/cpu/FlashAttentionKernel.cpp, q_split_size)."""
+
+
+@cache
+def has_amx() -> bool:
+    """Whether bfloat16 products run on AMX tiles. Of a torch that cannot tell, no: guessing yes would cost more."""
+    tells = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return tells is not None and bool(tells())
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +194,7 @@ class _Builder:
             stop=offset + stop - base,
             splits=self._splits(len(rows), stop - start) if contiguous and packed else 1,
             packed=packed,
+            doubled=packed and self._doubles(len(rows)),
             causal=causal,
             mask=None if visible is None else self._mask(visible[None], packed),
         )
@@ -195,12 +204,18 @@ class _Builder:
     def _packs(self, n_rows: int, *, masked: bool) -> bool:
         """Whether a KV head's query heads become rows of one call.
 
-        Not for a single bfloat16 row, for which the kernel leaves the keys' layout as it is (290 us, not 410), and not
-        for many rows with a mask, which would be repeated for every head.
+        Not for a single bfloat16 row on AMX, for which the kernel leaves the keys' layout as it is (290 us, not 410; on
+        a Zen 4, which has no AMX, 2,135 us, not 439), and not for many rows with a mask, which would be repeated for
+        every head.
         """
         if self.dtype != torch.bfloat16:
             return n_rows < MANY_ROWS
-        return 1 < n_rows < (MANY_ROWS if masked else PACKED_ROWS + 1)
+        return (2 if has_amx() else 1) <= n_rows < (MANY_ROWS if masked else PACKED_ROWS + 1)
+
+    def _doubles(self, n_rows: int) -> bool:
+        """Whether the kernel gets its only row twice: a single one in bfloat16 takes it 1,970 us without AMX, two 865
+        (8 heads of 64, 2,048 keys, one thread)."""
+        return n_rows * self.group == 1 and self.dtype == torch.bfloat16 and not has_amx()
 
     def _splits(self, n_rows: int, n_keys: int) -> int:
         """The least power of two that balances the kernel's tasks over the threads (or makes many of them).
@@ -256,6 +271,7 @@ class _Builder:
             stop=n * self.plan.chunk_tokens,
             splits=1,
             packed=True,
+            doubled=self._doubles(rows.shape[1]),
             causal=False,
             mask=None if visible is None else self._mask(visible, packed=True),
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stemcache.kernels import cpu_schedule
 from stemcache.kernels.attention import append_kv, attend
 from stemcache.kernels.cpu_schedule import MANY_ROWS, PACKED_ROWS, PADDED_SQUARE, schedule
 from stemcache.kernels.plan import SequenceRows
@@ -81,6 +82,29 @@ def test_awkward_lengths(batches: Callable[..., Any], tokens: int, dtype: torch.
         batch = batches([run], chunk_tokens=64, head_dim=64, dtype=dtype, seed=tokens)
         for options in ({}, {"window": 1}, {"window": 48}, {"window": 64}, {"window": 200}, {"softcap": 2.0}):
             assert_matches(batch, **options)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("group", [1, 3])
+def test_one_row_with_and_without_amx(
+    batches: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, amx: bool, group: int
+) -> None:
+    """A single row in bfloat16 is called as the processor likes it, over a long run and over short gathered ones."""
+    monkeypatch.setattr(cpu_schedule, "has_amx", lambda: amx)
+    long, short = [sequence(list(range(34)), 34 * 64 - 9, 34 * 64 - 8)], [sequence([40, 50], 70, 71)]
+    for sequences in (long, short, long + short, [*short, sequence([52, 41], 65, 66)]):
+        batch = batches(sequences, chunk_tokens=64, group=group, head_dim=64, dtype=torch.bfloat16)
+        for options in ({}, {"window": 48}, {"softcap": 2.0}):
+            assert_matches(batch, **options)
+            calls = schedule(
+                batch.plan,
+                window=options.get("window"),
+                dtype=torch.bfloat16,
+                group=group,
+                kv_heads=batch.pool.shape[1],
+            ).calls
+            assert all(call.doubled is (not amx and group == 1 and call.packed) for call in calls)
+            assert amx or all(call.packed for call in calls)
 
 
 @pytest.mark.parametrize("head_dim", [40, 96, 256])
