@@ -35,9 +35,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-tokens", type=int, choices=[16, 32, 64, 128, 256], default=64)
     parser.add_argument(
         "--eviction",
-        choices=["lru", "lfu", "pgdsf"],
-        default="lru",
-        help="what goes when the pool is full; pgdsf weighs use and cost, for documents (default: %(default)s)",
+        choices=["pgdsf", "lru", "lfu"],
+        default="pgdsf",
+        help="what goes when the pool is full; pgdsf: what is used least for its cost (default: %(default)s)",
     )
     parser.add_argument(
         "--queue",

@@ -83,7 +83,7 @@ class Engine:
         chunk_tokens: int = 64,
         max_step_tokens: int = MAX_STEP_TOKENS,
         max_running: int = MAX_RUNNING,
-        eviction: str = "lru",
+        eviction: str = "pgdsf",
         queue: str = "cache",
         cold: ColdOptions | None = None,
     ) -> None:

@@ -24,7 +24,7 @@ class EngineOptions(TypedDict, total=False):
     chunk_tokens: tokens per chunk, a power of two from 16 to 256; 64 by default.
     max_step_tokens: tokens of prompts that one step computes; from a quarter of it up while others decode.
     max_running: sequences that hold slots at once.
-    eviction: what goes when the pool is full, by "lru" (the default), "lfu" or "pgdsf".
+    eviction: what goes when the pool is full, by "pgdsf" (uses times cost, the default), "lru" or "lfu".
     queue: which of a tenant's requests starts first, "cache" (the one that is cached for the most part, the default) or
         "fcfs" (the first to come).
     cold: what lies below the device: host memory, disk, Redis; nothing by default.

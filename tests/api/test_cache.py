@@ -36,7 +36,9 @@ DATED = (
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[ServerProcess]:
+    """With the least recently used to go: these tests say what is evicted, and when."""
     options = ("--dtype", "float32", "--pool-bytes", "8MiB", "--chunk-tokens", "16", "--show-cache-text")
+    options += ("--eviction", "lru")
     with ForkedServer(*options) as process:
         process.wait_until_ready()
         yield process
@@ -98,6 +100,7 @@ def test_explain_foretells_the_usage_of_a_chat(cache: httpx.Client) -> None:
     body: dict[str, Any] = {"documents": documents, "max_tokens": 2, "temperature": 0}
     for question in ("What has the tower?", "What has the harbor?", "What has the harbor?"):
         request = body | {"messages": [{"role": "user", "content": question}]}
+        until_idle(cache)
         told = post(cache, "explain", **request)
         usage = cache.post("/v1/chat/completions", json=request).json()["usage"]
         assert usage["prompt_tokens"] == told["prompt_tokens"]

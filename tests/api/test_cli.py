@@ -27,9 +27,9 @@ def test_generate_prints_the_engines_text(engine: Engine, capsys: pytest.Capture
 
 def test_eviction_and_queue_reach_the_engine() -> None:
     for arguments, policy, by_cache in (
-        ([], LRU, True),
-        (["--eviction", "pgdsf"], PGDSF, True),
-        (["--queue", "fcfs"], LRU, False),
+        ([], PGDSF, True),
+        (["--eviction", "lru"], LRU, True),
+        (["--queue", "fcfs"], PGDSF, False),
     ):
         with load_engine(_parser().parse_args(["serve", "--pool-bytes", "16MiB", *arguments])) as engine:
             assert type(engine._loop.store._ledger.tree._policy) is policy

@@ -1,4 +1,4 @@
-"""A short soak over real sockets; `make soak` is the long one, with a server process of its own."""
+"""A short soak over real sockets; `make soak-requests` is the long one, with a server process of its own."""
 
 from __future__ import annotations
 
