@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sweeps test-clients clients-here check format equivalence soak bench train clean fuzz kernel-gate kernels-gpu engine-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
+.PHONY: help demo test test-sweeps test-clients clients-here check format equivalence soak soak-requests bench train clean fuzz kernel-gate kernels-gpu engine-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -79,7 +79,9 @@ fuzz: $(READY)  ## throw bytes at what reads stored frames, guided by coverage, 
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[fuzz]"
 	@$(BIN)/python tests/fuzz/fuzz_frames.py -max_total_time=$(FUZZ_SECONDS)
 
-soak: $(READY)  ## 1,000 requests, a third of which go away midway, against a real server
+soak: soak-requests soak-tiers  ## both of the two that follow
+
+soak-requests: $(READY)  ## 1,000 requests, a third of which go away midway, against a real server
 	@$(BIN)/python benchmarks/soak.py
 
 soak-tiers: $(READY)  ## ten minutes of questions while the Redis server behind them is killed, hung and corrupted

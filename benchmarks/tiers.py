@@ -5,8 +5,11 @@
 The whole path of a store is pool -> sealed frame -> tier, that of a load tier -> checked frame -> pool. Raw is the same
 number of bytes through redis-py with hiredis on as many connections; a file read from the page cache, into new bytes
 that are thrown away (in the processor's cache, then) and into memory that is kept, 32 MiB in turns, as slots are; a
-file written and flushed. On one thread, and on two, as the engine loads and spills. Ratios are taken within a round;
-their median and quartiles are printed.
+new file written and flushed. On one thread, and on two, as the engine loads and spills. Ratios are taken within a
+round; their median and quartiles are printed.
+
+From the medium: the same loads when the page cache holds none of it, as after a restart of the machine, beside files of
+a chunk each and beside one file of all chunks, read from its beginning to its end.
 
 Passes: what a load from disk is made of, each alone on values where they lie.
 
@@ -25,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ from shapes import random_model, random_tokens
 
 from stemcache import Engine, SamplingParams
 from stemcache.engine.cold import ColdOptions
+from stemcache.engine.freed_memory import keep_freed_memory
 from stemcache.engine.restoration import LoadBudget
 from stemcache.prefixtree.chunk_frames import ChunkDraft, unpack_bytes
 from stemcache.prefixtree.codecs.registry import get_codec
@@ -55,6 +60,7 @@ SIZES = [128 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]
 THREADS = [1, 2]
 IN_A_ROW = 4  # chunks in a round, as a prompt has more than one
 FLUSHES = 9
+COLD_ROUNDS = 11
 ONE = SamplingParams(max_tokens=1, temperature=0)
 FAR = 60.0
 RATIOS = [  # ours, and what it is compared with
@@ -64,6 +70,7 @@ RATIOS = [  # ours, and what it is compared with
     ("redis store", "redis-py SET"),
     ("disk store", "file flushed"),
 ]
+COLD_RATIOS = [("disk load", "files read"), ("disk load", "one file read")]
 Ways = Mapping[str, Callable[[], object]]
 
 
@@ -186,30 +193,74 @@ def read_into(kept: memoryview, file: Path) -> None:
 def write(file: Path, blob: bytes) -> None:
     with file.open("wb", buffering=0) as stream:
         stream.write(blob)
-        os.fdatasync(stream.fileno())
-    file.unlink()
+        os.fdatasync(stream.fileno())  # it stays, as values do: blocks that were freed are written faster than new ones
 
 
-def ratios(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+def cold_throughput(size: int, folder: Path, codec: str, threads: int) -> dict[str, list[float]]:
+    """Seconds a chunk, round by round, of loads and reads that nobody has the bytes of but the medium."""
+    path, blob = ChunkPath(size, codec), random.Random(0).randbytes(size)
+    folder = folder / f"cold-{size}-{threads}"
+    tier = DiskTier(folder, 1 << 30)
+    for i in range(path.n):
+        path.store(tier, i)
+    tier.close()
+    kept = [(memoryview(bytearray(size)), folder / f"{i}.raw") for i in range(path.n)]
+    for _, file in kept:
+        write(file, blob)
+    whole = folder / "whole.raw"
+    write(whole, blob * path.n)
+    seconds: dict[str, list[float]] = {"disk load": [], "files read": [], "one file read": []}
+
+    def take(way: str, calls: list[Callable[[], object]]) -> None:
+        begin = time.perf_counter()
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
+        seconds[way].append((time.perf_counter() - begin) / path.n)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(COLD_ROUNDS):
+            leave_page_cache(folder)
+            tier = DiskTier(folder, 1 << 30)
+            take("disk load", [partial(path.load, tier)] * path.n)
+            tier.close()  # what is mapped stays in the page cache
+            take("files read", [partial(read_into, *at) for at in kept])
+            take("one file read", [partial(read_part, at[0], whole, i * size) for i, at in enumerate(kept)])
+    return seconds
+
+
+def read_part(kept: memoryview, file: Path, offset: int) -> None:
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        assert stream.readinto(kept) == len(kept)
+
+
+def leave_page_cache(folder: Path) -> None:
+    """Drop what the page cache holds of the files in `folder`, which are flushed and mapped by nobody."""
+    for file in folder.iterdir():
+        with file.open("rb", buffering=0) as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def ratios(seconds: Mapping[str, list[float]], compared: list[tuple[str, str]] = RATIOS) -> dict[str, dict[str, float]]:
     """How fast each of ours is, relative to raw, within a round: median and quartiles."""
     found = {}
-    for ours, raw in RATIOS:
+    for ours, raw in compared:
         each = sorted(other / own for own, other in zip(seconds[ours], seconds[raw], strict=True))
         low, median, high = statistics.quantiles(each, n=4)
         found[f"{ours} / {raw}"] = {"median": median, "low": low, "high": high}
     return found
 
 
-def measure_throughput(url: str, folder: Path, codec: str, repeats: int, threads: int) -> dict[str, Any]:
-    """Take and print the tables of all sizes."""
-    rates: dict[int, dict[str, float]] = {}
-    compared: dict[int, dict[str, dict[str, float]]] = {}
-    for size in SIZES:
-        seconds = throughput(size, url, folder, codec, repeats, threads)
-        rates[size] = {way: size / statistics.median(each) / 1e9 for way, each in seconds.items()}
-        compared[size] = ratios(seconds)
+def report(title: str, seconds: Mapping[int, dict[str, list[float]]], pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Print the tables of all sizes, and return them."""
+    rates = {
+        size: {way: size / statistics.median(each) / 1e9 for way, each in ways.items()}
+        for size, ways in seconds.items()
+    }
+    compared = {size: ratios(ways, pairs) for size, ways in seconds.items()}
     columns = [f"{size >> 10} KiB" for size in SIZES]
-    print(f"\n{threads} thread{'s' * (threads > 1)}", flush=True)
+    print(f"\n{title}", flush=True)
     print(table(["GB/s", *columns], [
         [way, *(f"{rates[size][way]:.2f}" for size in SIZES)] for way in rates[SIZES[0]]
     ]))  # fmt: skip
@@ -265,13 +316,16 @@ def main() -> None:
     parser.add_argument("--skip-break-even", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    payload: dict[str, Any] = {"codec": options.codec, "threads": {}, "break_even": {}}
+    keep_freed_memory()  # as an engine does; raw reads into new memory gain by it too
+    payload: dict[str, Any] = {"codec": options.codec, "threads": {}, "from_the_medium": {}, "break_even": {}}
     with RedisProcess("maxmemory 1gb", "maxmemory-policy allkeys-lru") as server, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for threads in THREADS:
-            payload["threads"][threads] = measure_throughput(
-                server.url, folder, options.codec, options.repeats, threads
-            )
+            title, codec = f"{threads} thread{'s' * (threads > 1)}", options.codec
+            measured = {size: throughput(size, server.url, folder, codec, options.repeats, threads) for size in SIZES}
+            payload["threads"][threads] = report(title, measured, RATIOS)
+            measured = {size: cold_throughput(size, folder, codec, threads) for size in SIZES}
+            payload["from_the_medium"][threads] = report(f"{title}, from the medium", measured, COLD_RATIOS)
         if not options.skip_break_even:
             for address in (f"disk://{folder}/break-even", server.url):
                 kind = address.partition(":")[0]
