@@ -9,9 +9,10 @@ const FULL = 420; // what the picture fills, as long as rows are at least LOWEST
 const LOWEST = 5;
 const HOUR = 3600;
 const DARK = matchMedia("(prefers-color-scheme: dark)");
-// The strengths of a colour at which white and black text are equally readable on it; 4.5 is the least contrast.
-const LIGHT_TEXT_ABOVE = 94;
-const DARK_TEXT_ABOVE = 64;
+// Up to these strengths of its colour, in percent, a box's text is black on the light page and white on the dark one,
+// above them the other way: either then has a contrast of 4.5 at least.
+const LIGHT_TEXT = { device: 93, stored: 96 };
+const DARK_TEXT = { device: 64, stored: 64 };
 
 export class TreeView {
   shade = "recency";
@@ -91,8 +92,10 @@ export class TreeView {
     }
     group.setAttribute("class", `box ${kind(box)}` +
       `${node.sharers ? " held" : ""}${node.id === this.#selected ? " at" : ""}`);
-    group.style.setProperty("--strength", `${Math.round(this.#strength(box))}%`);
-    group.toggleAttribute("data-strong", this.#strength(box) > (DARK.matches ? DARK_TEXT_ABOVE : LIGHT_TEXT_ABOVE));
+    const strength = Math.round(this.#strength(box));
+    group.style.setProperty("--strength", `${strength}%`);
+    const tone = group.matches(".stored, .below") ? "stored" : "device";
+    group.toggleAttribute("data-strong", strength > (DARK.matches ? DARK_TEXT : LIGHT_TEXT)[tone]);
     group.setAttribute("aria-level", box.level);
     group.setAttribute("aria-label", describe(box, this.#tree));
     const text = box.hidden ? `+${count(box.hidden)}` : width > 120 ? tokens(node.tokens) : count(node.tokens);

@@ -50,8 +50,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def crowded(tmp_path: Path) -> Iterator[ServerProcess]:
-    """With a pool that holds a few documents, and a disk tier."""
-    small = ("--dtype", "float32", "--pool-bytes", "512KiB", "--chunk-tokens", "16")
+    """With a pool that holds a few documents, of which the least recently used goes, and a disk tier."""
+    small = ("--dtype", "float32", "--pool-bytes", "512KiB", "--chunk-tokens", "16", "--eviction", "lru")
     with ServerProcess(*small, "--cold", f"disk://{tmp_path}/cold", "--cold-bytes", "64MiB") as process:
         process.wait_until_ready(timeout=600)
         yield process

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from stemcache.api import cli
 from stemcache.api.server_process import ServerProcess
@@ -457,6 +458,30 @@ def test_it_fits_every_screen(
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0] > 128")
     assert light == (scheme == "light")
+    assert page.evaluate(CONTRAST) == []
+
+
+@pytest.mark.parametrize(("scheme", "around"), [("light", 95), ("dark", 64)])
+def test_a_block_is_readable_however_long_ago_it_was_used(
+    visit: Visit, server: ServerProcess, client: httpx.Client, scheme: str, around: int
+) -> None:
+    """Its colour fades with the time, and its text turns from white to black on the way."""
+    for i in range(24):
+        warm(client, f"{i} blocks. " + SECRET)
+    strengths = cycle(around + i / 2 for i in range(-12, 11))
+
+    def fade(route: Route) -> None:
+        answer = route.fetch()
+        body = answer.json()
+        for node, strength in zip(body["nodes"], strengths, strict=False):
+            node["idle_seconds"] = math.expm1((100 - min(strength, 100)) / 70 * math.log1p(3600))
+        route.fulfill(response=answer, json=body)
+
+    page = visit(server.url, color_scheme=scheme, reduced_motion="reduce")
+    page.route("**/v1/cache/tree**", fade)
+    page.reload()
+    expect(page.locator("#tree .box text:not(:empty)").nth(12)).to_be_visible()
+    assert page.locator("#tree .box[data-strong]").count() > 0 < page.locator("#tree .box:not([data-strong])").count()
     assert page.evaluate(CONTRAST) == []
 
 
