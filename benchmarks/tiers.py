@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -59,6 +60,7 @@ from stemcache.prefixtree.tokens import encode_tokens
 SIZES = [128 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]
 THREADS = [1, 2]
 IN_A_ROW = 4  # chunks in a round, as a prompt has more than one
+FLUSHED_BYTES = 64 << 20  # in a round of stores to the disk, for the disk lets bursts through faster than what lasts
 FLUSHES = 9
 COLD_ROUNDS = 11
 ONE = SamplingParams(max_tokens=1, temperature=0)
@@ -157,27 +159,31 @@ def throughput(size: int, url: str, folder: Path, codec: str, repeats: int, thre
         "file flushed": lambda: write(folder / f"{next(turn)}.new", blob),
     }
     with ThreadPoolExecutor(threads) as pool:
-        seconds = interleaved_samples(on_threads(ways, pool, threads), repeats=repeats, warmup=3)
-        seconds |= interleaved_samples(on_threads(flushed, pool, threads), repeats=FLUSHES, warmup=1)
+        seconds = side_by_side(ways, pool, threads, IN_A_ROW, repeats)
+        seconds |= side_by_side(flushed, pool, threads, FLUSHED_BYTES // size, FLUSHES)
     for tier in tiers.values():
         tier.close()
     client.flushall()
     client.close()
-    return {way: [each / IN_A_ROW for each in samples] for way, samples in seconds.items()}
+    shutil.rmtree(folder)
+    return seconds
 
 
-def on_threads(ways: Ways, pool: ThreadPoolExecutor, threads: int) -> Ways:
-    """The same, IN_A_ROW times in a call, by the threads of `pool` if there are several."""
+def side_by_side(
+    ways: Ways, pool: ThreadPoolExecutor, threads: int, times: int, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds for one call of each way, which a round makes so many times, by the threads of `pool` if several."""
 
     def several(way: Callable[[], object]) -> None:
         if threads == 1:
-            for _ in range(IN_A_ROW):
+            for _ in range(times):
                 way()
         else:
-            for done in [pool.submit(way) for _ in range(IN_A_ROW)]:
+            for done in [pool.submit(way) for _ in range(times)]:
                 done.result()
 
-    return {name: lambda way=way: several(way) for name, way in ways.items()}
+    rounds = interleaved_samples({name: partial(several, way) for name, way in ways.items()}, repeats=repeats)
+    return {way: [each / times for each in samples] for way, samples in rounds.items()}
 
 
 def read(file: Path) -> bytes:
@@ -235,8 +241,8 @@ def read_part(kept: memoryview, file: Path, offset: int) -> None:
 
 
 def leave_page_cache(folder: Path) -> None:
-    """Drop what the page cache holds of the files in `folder`, which are flushed and mapped by nobody."""
-    for file in folder.iterdir():
+    """Drop what the page cache holds of the files under `folder`, which are flushed and mapped by nobody."""
+    for file in filter(Path.is_file, folder.rglob("*")):
         with file.open("rb", buffering=0) as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -37,7 +37,7 @@ class ColdOptions:
 
     cold: "off", "disk", "disk:///folder", or a Redis address (see stemcache.prefixtree.tiers.address).
     host_bytes: host memory for chunks that the device evicts; 0 for none.
-    cold_bytes: what the disk's file may grow to. A Redis server has its own limit.
+    cold_bytes: what the disk's files may grow to. A Redis server has its own limit.
     codec: how chunks are stored; a lossy one changes answers, and has a namespace of its own.
     password: of the Redis server, where its address has none.
     secret: seals what is stored, against whoever can write to the tier.

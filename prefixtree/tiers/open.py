@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 def open_tier(address: str, *, max_bytes: int, password: str | None = None) -> Tier:
     """Open "disk", "disk:///folder" or a Redis address.
 
-    max_bytes: what the disk's file may grow to; a server has its own limit.
+    max_bytes: what the disk's files may grow to; a server has its own limit.
     password: where a server's address has none.
 
     Raises:

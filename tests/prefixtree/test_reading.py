@@ -12,7 +12,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from stemcache.prefixtree.tiers.disk import MIN_BYTES, DiskTier
+from stemcache.prefixtree.tiers.disk import FILES, MIN_BYTES, DiskTier
 from stemcache.prefixtree.tiers.tier import Miss, tier_key
 
 SIZE = 1 << 20
@@ -99,13 +99,14 @@ def test_an_error_of_the_reader_is_the_readers(disk: DiskTier) -> None:
 
 
 def test_a_file_that_another_process_made_larger_is_mapped_anew(disk: DiskTier, tmp_path: Path) -> None:
-    """Not under a reader, who gets a miss for what he asks meanwhile, and the value that he has."""
+    """Not under a reader, who gets a miss for what he asks of the same file meanwhile, and the value that he has."""
+    number = next(number for number in range(1, 60) if key(number)[-1] % FILES == key(0)[-1] % FILES)
     with disk.reading(key(0), soon()) as lent:
         other = _in_another_process(tmp_path)
         assert other == 0
-        assert disk.load([key(1)], soon()) == [Miss.UNAVAILABLE]
+        assert disk.load([key(number)], soon()) == [Miss.UNAVAILABLE]
         assert lent == value(0)
-    assert disk.load([key(0), key(1)], soon()) == [value(0), value(1)]
+    assert disk.load([key(0), key(number)], soon()) == [value(0), value(number)]
 
 
 def _in_another_process(folder: Path) -> int:
@@ -121,6 +122,6 @@ def _in_another_process(folder: Path) -> int:
 
 def _store_in_larger(folder: Path) -> None:
     tier = DiskTier(folder, 4 * MIN_BYTES)
-    for number in range(1, 30):
+    for number in range(1, 60):
         assert tier.store(key(number), value(number), soon()) is None
     tier.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from waiting import until
 
 from stemcache.api.server_process import free_port
 from stemcache.prefixtree.errors import TierError
-from stemcache.prefixtree.tiers.disk import MIN_BYTES, DiskTier
+from stemcache.prefixtree.tiers.disk import FILES, MIN_BYTES, DiskTier
 from stemcache.prefixtree.tiers.host import HostTier
 from stemcache.prefixtree.tiers.open import open_tier
 from stemcache.prefixtree.tiers.redis import RedisTier
@@ -182,18 +184,29 @@ def test_host_memory_is_bounded_and_keeps_beginnings() -> None:
 
 def test_the_disk_is_bounded_and_forgets_the_oldest(tmp_path: Path) -> None:
     disk, rng = DiskTier(tmp_path, MIN_BYTES), random.Random(2)
-    keys = keys_of(NAMESPACES[0], 150)
+    keys = keys_of(NAMESPACES[0], 300)
     for key in keys:
         assert disk.store(key, rng.randbytes(rng.randrange(1000, 500_000)), soon()) is None
         disk.touch(keys[:1])
     disk.check()
-    here = [key in dict(disk.scan()) for key in keys]
-    assert here[0], "what was used all the time is there"
-    assert here[1:] == sorted(here[1:]), "of the others the oldest went"
-    assert not all(here)
-    assert (tmp_path / "data.mdb").stat().st_size <= MIN_BYTES
+    kept = {key for key, _ in disk.scan()}
+    assert keys[0] in kept, "what was used all the time is there"
+    for file in range(FILES):
+        here = [key in kept for key in keys[1:] if key[-1] % FILES == file]
+        assert here == sorted(here), "of the others the oldest went"
+        assert here[-1]
+        assert not here[0]
+    assert sum(file.stat().st_size for file in tmp_path.glob("*/data.mdb")) <= MIN_BYTES
     assert disk.store(keys[0], bytes(MIN_BYTES), soon()) is Refusal.TOO_LARGE
     disk.close()
+
+
+def test_threads_store_side_by_side(tmp_path: Path) -> None:
+    keys = keys_of(NAMESPACES[0], 40)
+    with closing(DiskTier(tmp_path, MIN_BYTES)) as disk, ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(lambda key: disk.store(key, key * 3000, soon()), keys))
+        assert disk.load(keys, soon()) == [key * 3000 for key in keys]
+        disk.check()
 
 
 def test_the_disk_is_there_after_a_restart_and_from_two_places(tmp_path: Path) -> None:
@@ -210,24 +223,44 @@ def test_the_disk_is_there_after_a_restart_and_from_two_places(tmp_path: Path) -
 
 
 def test_a_truncated_file_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    disk = DiskTier(tmp_path, MIN_BYTES)
-    for key in keys_of(NAMESPACES[0], 30):
+    """The others stay as they are."""
+    disk, keys = DiskTier(tmp_path, MIN_BYTES), keys_of(NAMESPACES[0], 30)
+    for key in keys:
         disk.store(key, key * 3000, soon())
     disk.close()
-    file = tmp_path / "data.mdb"
+    file = tmp_path / "0" / "data.mdb"
     with file.open("r+b") as stream:
         stream.truncate(file.stat().st_size // 2)
     again = DiskTier(tmp_path, MIN_BYTES)
-    assert again.lookup(keys_of(NAMESPACES[0], 30), soon()) == [False] * 30
+    found = again.lookup(keys, soon())
+    assert found == [key[-1] % FILES != 0 for key in keys]
+    assert True in found
     assert "begins anew" in caplog.text
     again.close()
 
 
 def test_a_file_that_is_no_store_begins_anew(tmp_path: Path) -> None:
-    (tmp_path / "data.mdb").write_bytes(random.Random(1).randbytes(100_000))
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "data.mdb").write_bytes(random.Random(1).randbytes(100_000))
     disk = DiskTier(tmp_path, MIN_BYTES)
     assert disk.stats().objects == 0
     disk.close()
+
+
+def test_what_an_older_version_left_is_removed(tmp_path: Path) -> None:
+    """It was one file, which nobody would read, or make smaller, again."""
+    for name in ("data.mdb", "lock.mdb"):
+        (tmp_path / name).write_bytes(bytes(100))
+    DiskTier(tmp_path, MIN_BYTES).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(i) for i in range(FILES)]
+
+
+def test_a_folder_of_which_a_part_cannot_be_used_is_refused_whole(tmp_path: Path) -> None:
+    (tmp_path / str(FILES - 1)).write_text("a file where a folder belongs")
+    with pytest.raises(TierError, match="cannot use"):
+        DiskTier(tmp_path, MIN_BYTES)
+    (tmp_path / str(FILES - 1)).unlink()
+    DiskTier(tmp_path, MIN_BYTES).close()
 
 
 # -- redis -----------------------------------------------------------------------------------------------------------

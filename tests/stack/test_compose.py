@@ -158,7 +158,7 @@ def queries() -> Iterator[tuple[str, str]]:
 def exposed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The labels of every sample that a server with tiers exposes before its first request, by name."""
     place = tmp_path_factory.mktemp("cold")
-    tiers = ColdOptions(cold=f"disk://{place}", host_bytes=1 << 20, cold_bytes=16 << 20)
+    tiers = ColdOptions(cold=f"disk://{place}", host_bytes=1 << 20, cold_bytes=64 << 20)
     with Engine.load(MODEL_PATH, dtype="float32", pool_bytes=4 << 20, cold=tiers) as engine:
         text = generate_latest(Metrics(engine).registry).decode()
     found: dict[str, set[str]] = {}
