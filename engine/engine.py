@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stemcache.engine import attention
 from stemcache.engine.activity import Activity
+from stemcache.engine.apart import apart
 from stemcache.engine.blend import Blend
 from stemcache.engine.cache import Cache
 from stemcache.engine.checkpoint import Checkpoint, device_named, load_checkpoint
@@ -93,8 +94,10 @@ class Engine:
         self.model_name = name
         self.created = int(time.time())
         self.prompts = Prompts(checkpoint.tokenizer)
-        self._runner = ModelRunner(
-            checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens, max_running=max_running
+        self._runner = apart(
+            lambda: ModelRunner(
+                checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens, max_running=max_running
+            )
         )
         self._fingerprint = checkpoint.fingerprint
         self.cost = CostSurface()
@@ -141,7 +144,7 @@ class Engine:
         Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other values that are
         none, TierError for a cold tier that cannot be used as asked.
         """
-        checkpoint = load_checkpoint(path_or_name, device=device_named(device), dtype=dtype)
+        checkpoint = apart(lambda: load_checkpoint(path_or_name, device=device_named(device), dtype=dtype))
         name = Path(path_or_name).name if Path(path_or_name).exists() else str(path_or_name)
         return cls(checkpoint, name, **options)
 
