@@ -65,8 +65,9 @@ class Peer:
     def server(self, settings: Settings) -> Server:
         """The server, not started yet."""
         port = free_port()
-        # Passive, as idle threads that spin take a core away from the other processes of a server (vLLM has three).
-        threads = {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        # Waiting threads spin or sleep as each server has it: told to sleep, ours and vLLM take 1.4 and 2.5 times as long
+        # for the words of one sequence. On a busy machine OMP_WAIT_POLICY=PASSIVE, which is handed on, spreads less.
+        threads = {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
         return Server(self.command(settings, port), port, {**threads, **self.environment(settings)})
 
     def model(self, settings: Settings) -> str:
