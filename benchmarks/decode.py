@@ -5,8 +5,8 @@
 A randomly initialised model of SmolLM2-135M's shape; 1, 8 and 32 sequences with a shared prefix of 2,048 or 4,096
 tokens and 32 private tokens each. Transformers gets the prefix's cache ready-made, repeated for each sequence, so
 that both sides only decode; its steps are timed by a stopping criterion inside `generate`. The two take turns, a few
-steps at a time. The floor of a step are the bytes that it must read: all weights, the prefix once, and each private
-part.
+steps at a time, each in a process of its own: threads of two teams in one process would not spin (engine/apart.py). The
+floor of a step are the bytes that it must read: all weights, the prefix once, and each private part.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from harness import table, write_results
-from shapes import cache_of, paired, random_tokens
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from shapes import cache_of, random_model, random_tokens
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from stemcache import Engine, SamplingParams
+from stemcache.engine.apart import apart
 
 PRIVATE = 32
 
@@ -56,31 +59,52 @@ def our_steps(
     return [after - before for before, after in zip(ticks[-steps - 1 : -1], ticks[-steps:], strict=True)]
 
 
-@torch.inference_mode()
-def their_steps(model: PreTrainedModel, cache: DynamicCache, prompts: list[list[int]], steps: int) -> list[float]:
-    """The same of `generate`, which finds the prefix in `cache` and leaves it as it was."""
-    length, clock = cache.get_seq_length(), StepClock()
-    ids = torch.tensor(prompts)
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=steps + 1, do_sample=False,
-        eos_token_id=None, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]),
-    )  # fmt: skip
-    cache.crop(length - cache.get_seq_length())  # a negative number: tokens to drop
-    return [after - before for before, after in zip(clock.ticks, clock.ticks[1:], strict=False)]
+class Transformers:
+    """The other side: a model, and the cache of a prefix for each sequence of a batch. Lives in its own process."""
+
+    here: Transformers
+
+    def __init__(self, dtype: str) -> None:
+        self.model = random_model(dtype)
+        self.cache = DynamicCache(config=self.model.config)
+
+    @classmethod
+    def begin(cls, dtype: str) -> None:
+        cls.here = cls(dtype)
+
+    @classmethod
+    def read(cls, prefix: list[int], batch: int) -> None:
+        cls.here.cache = cache_of(cls.here.model, prefix)
+        cls.here.cache.batch_repeat_interleave(batch)
+
+    @classmethod
+    @torch.inference_mode()
+    def steps(cls, prompts: list[list[int]], steps: int) -> list[float]:
+        """As `our_steps`, of `generate`, which finds the prefix in the cache and leaves it as it was."""
+        cache, clock, ids = cls.here.cache, StepClock(), torch.tensor(prompts)
+        length = cache.get_seq_length()
+        cls.here.model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=steps + 1, do_sample=False,
+            eos_token_id=None, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]),
+        )  # fmt: skip
+        cache.crop(length - cache.get_seq_length())  # a negative number: tokens to drop
+        return [after - before for before, after in zip(clock.ticks, clock.ticks[1:], strict=False)]
 
 
-def measure(engine: Engine, own: PreTrainedModel, batch: int, shared: int, rounds: int, steps: int) -> dict[str, Any]:
+def measure(
+    engine: Engine, others: ProcessPoolExecutor, batch: int, shared: int, rounds: int, steps: int
+) -> dict[str, Any]:
     """One row: decode steps of both, in turns."""
     rng = random.Random(batch + shared)
     prefix = random_tokens(rng, shared)
     list(engine.generate([prefix], SamplingParams(max_tokens=1, temperature=0)))
-    cache = cache_of(own, prefix)
-    cache.batch_repeat_interleave(batch)
+    others.submit(Transformers.read, prefix, batch).result()
     ours: list[float] = []
     theirs: list[float] = []
     for turn in range(rounds + 1):
         prompts = [prefix + random_tokens(rng, PRIVATE) for _ in range(batch)]
-        mine, generate = our_steps(engine, prompts, steps), their_steps(own, cache, prompts, max(2, steps // 2))
+        mine = our_steps(engine, prompts, steps)
+        generate = others.submit(Transformers.steps, prompts, max(2, steps // 2)).result()
         if turn:  # the first round warms up
             ours += mine
             theirs += generate
@@ -96,14 +120,8 @@ def measure(engine: Engine, own: PreTrainedModel, batch: int, shared: int, round
         "ours_tokens_per_second": 1000 * batch / ours_ms,
         "generate_tokens_per_second": 1000 * batch / theirs_ms,
         "speedup": theirs_ms / ours_ms,
-        "bytes_floor_mb": floor_bytes(own, engine, batch, shared) / 1e6,
+        "kv_floor_mb": (shared + batch * PRIVATE) * engine._runner.layout.bytes_per_token / 1e6,
     }
-
-
-def floor_bytes(model: PreTrainedModel, engine: Engine, batch: int, shared: int) -> int:
-    """Bytes that one step cannot avoid to read: the weights once, the prefix once, each private part once."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights + (shared + batch * PRIVATE) * engine._runner.layout.bytes_per_token
 
 
 def main() -> None:
@@ -115,10 +133,14 @@ def main() -> None:
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
-        with paired(dtype, pool_bytes=1 << 30) as (engine, own):
+        model = apart(lambda dtype=dtype: random_model(dtype))  # type: ignore[misc]
+        weights = sum(each.numel() * each.element_size() for each in model.parameters()) / 1e6
+        begin = ProcessPoolExecutor(1, get_context("spawn"), initializer=Transformers.begin, initargs=(dtype,))
+        with Engine.from_model(model, pool_bytes=1 << 30) as engine, begin as others:
             for shared in options.shared:
                 for batch in options.batches:
-                    row = {"dtype": dtype, **measure(engine, own, batch, shared, options.rounds, options.steps)}
+                    row = {"dtype": dtype, **measure(engine, others, batch, shared, options.rounds, options.steps)}
+                    row["bytes_floor_mb"] = weights + row.pop("kv_floor_mb")
                     results.append(row)
                     print(
                         f"{dtype} batch {batch} shared {shared}: {row['ours_ms']:.1f} ms a step, generate "

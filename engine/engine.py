@@ -161,6 +161,9 @@ class Engine:
         its projections are fused and bfloat16 weights packed, so it can be neither trained nor saved any more.
 
         options: see EngineOptions. Without a tokenizer only token ids are served. Raises ModelLoadError.
+
+        A thread that has computed with torch keeps threads that slow the engine's (see `apart`): make the model on one
+        that ends, as `load` does, where each millisecond counts.
         """
         require_served(model.config)
         attention.register()

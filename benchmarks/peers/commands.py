@@ -65,8 +65,8 @@ class Peer:
     def server(self, settings: Settings) -> Server:
         """The server, not started yet."""
         port = free_port()
-        # Waiting threads spin or sleep as each server has it: told to sleep, ours and vLLM take 1.4 and 2.5 times as long
-        # for the words of one sequence. On a busy machine OMP_WAIT_POLICY=PASSIVE, which is handed on, spreads less.
+        # Waiting threads spin or sleep as each server has it: told to sleep, ours takes 1.4 times as long for the words
+        # of one sequence, and vLLM 2.5 times. OMP_WAIT_POLICY=PASSIVE, for busy machines, is handed on.
         threads = {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
         return Server(self.command(settings, port), port, {**threads, **self.environment(settings)})
 
