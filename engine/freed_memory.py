@@ -38,3 +38,18 @@ def keep_freed_memory() -> bool:
         return False
     wishes = {_M_MMAP_THRESHOLD: LARGEST_KEPT, _M_TRIM_THRESHOLD: KEPT, _M_ARENA_MAX: ARENAS}
     return all(bool(mallopt(option, value)) for option, value in wishes.items())
+
+
+def give_back_freed_memory() -> bool:
+    """Give what is free between what is not back to the system; returns whether anything was. 10 to 20 ms.
+
+    oneDNN makes a kernel for each number of rows of a product, keeps 1,024 of them, and leaves between them what it
+    made them with: after 4,200 products of 1,050 numbers of rows (SmolLM2-135M's shape, bfloat16) the process had grown
+    by 3,495 MB, and had 526 left of that after this call.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except AttributeError:  # another C library
+        return False

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from stemcache.engine.attention import StepContext
 from stemcache.engine.decode_graphs import DecodeGraphs
 from stemcache.engine.families import context_length, head_dim
+from stemcache.engine.freed_memory import give_back_freed_memory
 from stemcache.engine.fused import fuse_projections
 from stemcache.engine.movable import inverse_frequencies
 from stemcache.engine.packed import pack_weights
@@ -25,6 +26,9 @@ from stemcache.kernels.plan import AttentionPlan, SequenceRows
 from stemcache.kernels.triton_metadata import gpu_sharing
 from stemcache.prefixtree.layout import KVLayout
 from stemcache.prefixtree.pool import KVPool
+
+NEW_ROW_COUNTS = 64
+"""Steps of so many different sizes, and what oneDNN left of making kernels for them (up to 200 MB) is given back."""
 
 
 class ModelRunner:
@@ -44,9 +48,11 @@ class ModelRunner:
     ) -> None:
         self.config = config = model.config
         self._model = model
+        self._is_packed = False
+        self._row_counts: set[int] = set()  # of the steps since memory was given back
         if model.device.type == "cpu":
             fuse_projections(model)
-            pack_weights(model)
+            self._is_packed = pack_weights(model) > 0
         self.device = model.device
         self.vocab_size = int(config.vocab_size)
         self.context_length = context_length(config)
@@ -114,6 +120,11 @@ class ModelRunner:
         )
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
+        if self._is_packed:
+            self._row_counts.add(len(tokens))
+            if len(self._row_counts) == NEW_ROW_COUNTS:
+                self._row_counts.clear()
+                give_back_freed_memory()
         return logits
 
     @torch.inference_mode()

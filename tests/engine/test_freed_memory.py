@@ -68,3 +68,42 @@ def test_freed_memory_is_kept() -> None:
 def test_freed_memory_is_kept_once_for_all_threads() -> None:
     """In MiB, after eight threads have had 32 each, one after the other."""
     assert said_by(ARENAS, str(ours.ARENAS)) < 100 < 200 < said_by(ARENAS, "8")
+
+
+STEPS = """
+import sys
+import psutil, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from stemcache import Engine, SamplingParams
+from stemcache.engine import runner
+from stemcache.engine.packed import can_pack
+
+if not can_pack(torch.bfloat16):
+    sys.exit(77)
+runner.NEW_ROW_COUNTS = int(sys.argv[1])
+config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4)
+model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+with Engine.from_model(model, pool_bytes=1 << 24) as engine:
+    def resident(lengths):
+        for n in lengths:
+            list(engine.generate([[n % 64] * n], SamplingParams(max_tokens=1, temperature=0)))
+            engine.clear_cache()
+        return psutil.Process().memory_info().rss / 2**20
+    before = resident(range(1, 10))
+    print(resident(range(100, 420)) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+def test_prompts_of_many_lengths_leave_little_behind() -> None:
+    """A kernel for each number of rows: what making it took is given back now and then, or never."""
+    grown = []
+    for new_row_counts in ("32", "1000000"):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", STEPS, new_row_counts]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if run.returncode == 77:
+            pytest.skip("this processor has no bfloat16 products to pack weights for")
+        assert run.returncode == 0, run.stderr
+        grown.append(float(run.stdout))
+    assert grown[0] < 0.8 * grown[1], grown  # 445 and 707 MiB; what is left are kernels that are kept
