@@ -31,7 +31,7 @@ from stemcache.engine.cold import ColdCache, ColdOptions, ColdStats
 from stemcache.engine.completions import completions
 from stemcache.engine.cost import CostSurface
 from stemcache.engine.families import require_served
-from stemcache.engine.freed_memory import keep_freed_memory
+from stemcache.engine.freed_memory import give_back_freed_memory, keep_freed_memory
 from stemcache.engine.grammar import GrammarCompiler
 from stemcache.engine.loop import EngineLoop
 from stemcache.engine.movable import require_movable
@@ -317,8 +317,9 @@ class Engine:
         return self._loop.call(self._loop.store.clear)
 
     def close(self) -> None:
-        """End all requests and free the engine's thread; idempotent."""
+        """End all requests and free the engine's thread, and what it left behind; idempotent."""
         self._loop.close()
+        give_back_freed_memory()
 
     def __enter__(self) -> Engine:
         return self
