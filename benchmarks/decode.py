@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -120,8 +121,12 @@ def measure(
         "ours_tokens_per_second": 1000 * batch / ours_ms,
         "generate_tokens_per_second": 1000 * batch / theirs_ms,
         "speedup": theirs_ms / ours_ms,
-        "kv_floor_mb": (shared + batch * PRIVATE) * engine._runner.layout.bytes_per_token / 1e6,
     }
+
+
+def floor_bytes(weights: int, engine: Engine, batch: int, shared: int) -> int:
+    """Bytes that one step cannot avoid to read: the weights once, the prefix once, each private part once."""
+    return weights + (shared + batch * PRIVATE) * engine._runner.layout.bytes_per_token
 
 
 def main() -> None:
@@ -133,14 +138,14 @@ def main() -> None:
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
-        model = apart(lambda dtype=dtype: random_model(dtype))  # type: ignore[misc]
-        weights = sum(each.numel() * each.element_size() for each in model.parameters()) / 1e6
-        begin = ProcessPoolExecutor(1, get_context("spawn"), initializer=Transformers.begin, initargs=(dtype,))
-        with Engine.from_model(model, pool_bytes=1 << 30) as engine, begin as others:
+        model = apart(partial(random_model, dtype))
+        weights = sum(each.numel() * each.element_size() for each in model.parameters())
+        process = ProcessPoolExecutor(1, get_context("spawn"), initializer=Transformers.begin, initargs=(dtype,))
+        with Engine.from_model(model, pool_bytes=1 << 30) as engine, process as others:
             for shared in options.shared:
                 for batch in options.batches:
                     row = {"dtype": dtype, **measure(engine, others, batch, shared, options.rounds, options.steps)}
-                    row["bytes_floor_mb"] = weights + row.pop("kv_floor_mb")
+                    row["bytes_floor_mb"] = floor_bytes(weights, engine, batch, shared) / 1e6
                     results.append(row)
                     print(
                         f"{dtype} batch {batch} shared {shared}: {row['ours_ms']:.1f} ms a step, generate "

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Unpack
@@ -94,11 +95,11 @@ class Engine:
         self.model_name = name
         self.created = int(time.time())
         self.prompts = Prompts(checkpoint.tokenizer)
-        self._runner = apart(
-            lambda: ModelRunner(
-                checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens, max_running=max_running
-            )
+        make = partial(
+            ModelRunner, checkpoint.model, pool_bytes=pool_bytes, chunk_tokens=chunk_tokens, max_running=max_running
         )
+        # Each thread has a GPU of its own that is current: what the caller's is stays its choice.
+        self._runner = apart(make) if checkpoint.model.device.type == "cpu" else make()
         self._fingerprint = checkpoint.fingerprint
         self.cost = CostSurface()
         self._cold = ColdCache(self._runner.pool, cold or ColdOptions(), self.cost)
@@ -144,7 +145,7 @@ class Engine:
         Raises ModelLoadError, CapacityError when the pool cannot hold one chunk, ValueError for other values that are
         none, TierError for a cold tier that cannot be used as asked.
         """
-        checkpoint = apart(lambda: load_checkpoint(path_or_name, device=device_named(device), dtype=dtype))
+        checkpoint = apart(partial(load_checkpoint, path_or_name, device=device_named(device), dtype=dtype))
         name = Path(path_or_name).name if Path(path_or_name).exists() else str(path_or_name)
         return cls(checkpoint, name, **options)
 

@@ -41,7 +41,9 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Give what is free between what is not back to the system; returns whether anything was. 10 to 20 ms.
+    """Give what is free between what is not back to the system, but for `KEPT`; returns whether anything was.
+
+    10 to 20 ms.
 
     oneDNN makes a kernel for each number of rows of a product, keeps 1,024 of them, and leaves between them what it
     made them with: after 4,200 products of 1,050 numbers of rows (SmolLM2-135M's shape, bfloat16) the process had grown
@@ -50,6 +52,6 @@ def give_back_freed_memory() -> bool:
     if sys.platform != "linux":
         return False
     try:
-        return bool(ctypes.CDLL(None).malloc_trim(0))
+        return bool(ctypes.CDLL(None).malloc_trim(KEPT))
     except AttributeError:  # another C library
         return False

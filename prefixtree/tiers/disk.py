@@ -9,7 +9,6 @@ gained nothing.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -20,12 +19,9 @@ from stemcache.prefixtree.errors import TierError
 from stemcache.prefixtree.tiers.disk_file import MIN_FILE_BYTES, DiskFile
 from stemcache.prefixtree.tiers.tier import Miss, Refusal, TierCounters, TierStats, Value
 
-log = logging.getLogger(__name__)
-
 FILES: Final = 4
 """Part of the format: with another number, what is there would not be found."""
 MIN_BYTES: Final = FILES * MIN_FILE_BYTES
-_OF_ONE_FILE: Final = ("data.mdb", "lock.mdb")
 
 
 class DiskTier:
@@ -49,7 +45,6 @@ class DiskTier:
         except TierError:
             self.close()
             raise
-        _remove_older(folder)
 
     def lookup(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         found: dict[bytes, bool] = {}
@@ -127,12 +122,3 @@ class DiskTier:
             some = [key for key in keys if self._file(key) is file]
             if some:
                 yield file, some
-
-
-def _remove_older(folder: Path) -> None:
-    """Remove what the tier held when it was one file: nobody would read it, and it may be large."""
-    for name in _OF_ONE_FILE:
-        file = folder / name
-        if file.exists():
-            log.info("the disk tier in %s begins anew: %s is of an older version", folder, name)
-            file.unlink()

@@ -39,7 +39,7 @@ with Engine.load(MODEL_PATH, pool_bytes=1 << 24) as engine:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux shows them")
+@pytest.mark.skipif(sys.platform != "linux", reason="native threads are counted in /proc, which only Linux has")
 @pytest.mark.parametrize(("how", "left"), [("apart", 0), ("here", 1)])
 def test_teams_of_threads(how: str, left: int) -> None:
     """`here`: that the count would notice a team that is left."""

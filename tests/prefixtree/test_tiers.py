@@ -234,7 +234,7 @@ def test_a_truncated_file_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureF
     again = DiskTier(tmp_path, MIN_BYTES)
     found = again.lookup(keys, soon())
     assert found == [key[-1] % FILES != 0 for key in keys]
-    assert True in found
+    assert set(found) == {True, False}, "keys of both kinds, or the line before says nothing"
     assert "begins anew" in caplog.text
     again.close()
 
@@ -245,14 +245,6 @@ def test_a_file_that_is_no_store_begins_anew(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path, MIN_BYTES)
     assert disk.stats().objects == 0
     disk.close()
-
-
-def test_what_an_older_version_left_is_removed(tmp_path: Path) -> None:
-    """It was one file, which nobody would read, or make smaller, again."""
-    for name in ("data.mdb", "lock.mdb"):
-        (tmp_path / name).write_bytes(bytes(100))
-    DiskTier(tmp_path, MIN_BYTES).close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [str(i) for i in range(FILES)]
 
 
 def test_a_folder_of_which_a_part_cannot_be_used_is_refused_whole(tmp_path: Path) -> None:
