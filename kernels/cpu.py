@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stemcache.kernels import fused
 from stemcache.kernels.cpu_call import Call
 from stemcache.kernels.cpu_schedule import schedule
 from stemcache.kernels.merge import Merge, merge_aligned, merge_partials
@@ -39,6 +40,8 @@ def attend(
     rows, q_heads, head_dim = query.shape
     kv_heads = pool_layer.shape[1]
     group = q_heads // kv_heads
+    if fused.serves(query, scale=scale, softcap=softcap):
+        return fused.attend(query, pool_layer, plan, scale=scale, window=window, sinks=sinks)
     todo = schedule(plan, window=window, dtype=query.dtype, group=group, kv_heads=kv_heads)
     partials = [_call(query, pool_layer, call, scale, softcap) for call in todo.calls]
     if todo.direct and sinks is None:

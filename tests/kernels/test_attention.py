@@ -1,4 +1,7 @@
-"""The CPU backend against the float64 reference, on pools whose free chunks are NaN."""
+"""The CPU backend on PyTorch's flash kernel against the float64 reference, on pools whose free chunks are NaN.
+
+(`test_fused.py` has the kernel that takes its place in bfloat16 where the processor allows.)
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stemcache.kernels import cpu_schedule
+from stemcache.kernels import cpu_schedule, fused
 from stemcache.kernels.attention import append_kv, attend
 from stemcache.kernels.cpu_schedule import MANY_ROWS, PACKED_ROWS, PADDED_SQUARE, schedule
 from stemcache.kernels.plan import SequenceRows
@@ -27,6 +30,11 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "available", lambda: False)
 
 
 def sequence(chunks: list[int], start: int, stop: int) -> SequenceRows:
