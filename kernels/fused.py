@@ -8,9 +8,9 @@ processors with AMX, whose tiles MKL does use: there the flash kernel stays (`ke
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from math import e, log2
 
 import numpy as np
@@ -23,14 +23,22 @@ from stemcache.kernels.cpu_schedule import has_amx
 from stemcache.kernels.fused_units import PACKED_ROWS, Units, cut
 from stemcache.kernels.plan import AttentionPlan
 
+log = logging.getLogger(__name__)
+
 
 @cache
 def available() -> bool:
-    """Whether this machine runs the kernel: AVX512_BF16 without AMX, numba, an OpenMP runtime that can be reached."""
+    """Whether this machine runs the kernel: AVX512_BF16 without AMX, an OpenMP runtime that can be reached, and numba,
+    which for a new Python or NumPy may not be there yet."""
     tells = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return (
-        tells is not None and bool(tells()) and not has_amx() and find_spec("numba") is not None and openmp.has_team()
-    )
+    if tells is None or not tells() or has_amx() or not openmp.has_team():
+        return False
+    try:
+        import stemcache.kernels.fused_kernel  # noqa: F401
+    except ImportError as error:
+        log.warning("attention in bfloat16 takes two to four times as long without numba: %s", error)
+        return False
+    return True
 
 
 def serves(query: Tensor, *, scale: float, softcap: float | None) -> bool:

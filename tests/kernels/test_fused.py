@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -168,6 +169,26 @@ def test_the_backend_takes_it_where_it_serves(batches: Callable[..., Any], monke
         batch = batches([sequence([1], 0, 5)], chunk_tokens=64, head_dim=head_dim, dtype=dtype)
         attend(batch.query, batch.pool, batch.plan, scale=batch.scale, softcap=softcap)
         assert len(calls) == expected
+
+
+def test_without_numba_it_says_so_and_the_flash_kernel_serves(
+    batches: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(fused, "has_amx", lambda: False)
+    monkeypatch.setattr(fused.openmp, "has_team", lambda: True)
+    monkeypatch.setitem(sys.modules, "stemcache.kernels.fused_kernel", None)
+    monkeypatch.delattr("stemcache.kernels.fused_kernel", raising=False)
+    fused.available.cache_clear()
+    try:
+        batch = batches([sequence([1], 0, 5)], chunk_tokens=64, head_dim=64, dtype=torch.bfloat16)
+        out = attend(batch.query, batch.pool, batch.plan, scale=batch.scale)
+        expected = attend(batch.query, batch.pool, batch.plan, scale=batch.scale, backend="reference")
+        assert (out - expected).abs().max() < 0.05
+        assert "without numba" in caplog.text
+        assert not fused.available()
+    finally:
+        fused.available.cache_clear()
 
 
 @pytest.mark.parametrize("seed", range(20))
