@@ -35,8 +35,10 @@ FROM python:3.11.14-slim-bookworm AS runtime
 RUN groupadd --gid 10001 stemcache \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin stemcache \
  && install --directory --owner 10001 --group 10001 /var/lib/stemcache
+# numba keeps what it compiles for this machine's processor in the volume: else each new container would take ten seconds.
 ENV PATH=/opt/stemcache/bin:$PATH \
     HOME=/tmp \
+    NUMBA_CACHE_DIR=/var/lib/stemcache/numba \
     PYTHONUNBUFFERED=1
 WORKDIR /var/lib/stemcache
 USER 10001:10001

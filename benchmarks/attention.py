@@ -10,7 +10,7 @@ warm and the data no warmer than they would be. Columns, microseconds a layer, m
   sdpa+gather   chunks gathered from the pool, repeated, sdpa: what a pool without this kernel would do
   sdpa gqa      sdpa(enable_gqa=True) over gathered KV
   floor         bytes of the distinct keys and values, at the measured read rate
-  plan          AttentionPlan.build and the first schedule, once a step for all layers
+  plan          AttentionPlan.build and its first schedule or cut, once a step for all layers
 
     python benchmarks/attention.py [--threads 2] [--repeats 9]
 
@@ -35,8 +35,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from stemcache.engine.freed_memory import keep_freed_memory
+from stemcache.kernels import fused
 from stemcache.kernels.attention import attend
 from stemcache.kernels.cpu_schedule import schedule
+from stemcache.kernels.fused_units import cut
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
 
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, CHUNK, PRIVATE = 4, 9, 3, 64, 64, 32
@@ -89,7 +91,11 @@ class Step:
 
     def replan(self) -> None:
         fresh = AttentionPlan.build(self.rows, chunk_tokens=CHUNK)
-        schedule(fresh, window=None, dtype=self.query.dtype, group=Q_HEADS // KV_HEADS, kv_heads=KV_HEADS)
+        heads = {"group": Q_HEADS // KV_HEADS, "kv_heads": KV_HEADS}
+        if fused.serves(self.query, scale=HEAD_DIM**-0.5, softcap=None):
+            cut(fresh, window=None, threads=torch.get_num_threads(), **heads)
+        else:
+            schedule(fresh, window=None, dtype=self.query.dtype, **heads)
 
 
 def repeat(key_value: Tensor) -> Tensor:

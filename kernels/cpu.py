@@ -1,9 +1,10 @@
-"""The CPU backend: PyTorch's flash kernel over views of the pool, partial results merged by their log-sum-exp.
+"""The CPU backend: the fused kernel where it serves, else PyTorch's flash kernel over views of the pool, its partial
+results merged by their log-sum-exp.
 
 Invariant: a layer costs the calls of its schedule and one merge; nothing here depends on the number of chunks.
 
-The kernel is `torch.ops.aten._scaled_dot_product_flash_attention_for_cpu`: the exact CPU form that also returns the
-log-sum-exp (natural logarithm), which `scaled_dot_product_attention` hides. Two matrix products with a softmax
+The flash kernel is `torch.ops.aten._scaled_dot_product_flash_attention_for_cpu`: the exact CPU form that also returns
+the log-sum-exp (natural logarithm), which `scaled_dot_product_attention` hides. Two matrix products with a softmax
 between were slower in most shapes tried and, with bfloat16 scores, less exact. It has no softcap; `_softcapped` has.
 
 Partials are held as [K, group, kv_heads, head_dim], the order in which the kernel writes packed rows.
@@ -37,11 +38,25 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Shapes and meaning as in `kernels.attention.attend`, which checks the arguments."""
+    if fused.serves(query, scale=scale, softcap=softcap):
+        return fused.attend(query, pool_layer, plan, scale=scale, window=window, sinks=sinks)
+    return attend_by_flash(query, pool_layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+
+def attend_by_flash(
+    query: Tensor,
+    pool_layer: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same, by calls of the flash kernel."""
     rows, q_heads, head_dim = query.shape
     kv_heads = pool_layer.shape[1]
     group = q_heads // kv_heads
-    if fused.serves(query, scale=scale, softcap=softcap):
-        return fused.attend(query, pool_layer, plan, scale=scale, window=window, sinks=sinks)
     todo = schedule(plan, window=window, dtype=query.dtype, group=group, kv_heads=kv_heads)
     partials = [_call(query, pool_layer, call, scale, softcap) for call in todo.calls]
     if todo.direct and sinks is None:

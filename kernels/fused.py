@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def available() -> bool:
-    """Whether this machine runs the kernel: AVX512_BF16 without AMX, an OpenMP runtime that can be reached, and numba,
-    which for a new Python or NumPy may not be there yet."""
+def can_run() -> bool:
+    """Whether the kernel runs here: AVX512_BF16, an OpenMP runtime that can be reached, and numba, which for a new
+    Python or NumPy may not be there yet."""
     tells = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    if tells is None or not tells() or has_amx() or not openmp.has_team():
+    if tells is None or not tells() or not openmp.has_team():
         return False
     try:
         import stemcache.kernels.fused_kernel  # noqa: F401
@@ -39,6 +39,12 @@ def available() -> bool:
         log.warning("attention in bfloat16 takes two to four times as long without numba: %s", error)
         return False
     return True
+
+
+def is_preferred() -> bool:
+    """Whether it takes the flash kernel's place: not beside AMX, where the two have not been measured
+    (`benchmarks/attention.py` does)."""
+    return not has_amx() and can_run()
 
 
 def serves(query: Tensor, *, scale: float, softcap: float | None) -> bool:
@@ -49,7 +55,7 @@ def serves(query: Tensor, *, scale: float, softcap: float | None) -> bool:
         and query.stride(2) == 1
         and softcap is None
         and scale > 0
-        and available()
+        and is_preferred()
     )
 
 

@@ -34,7 +34,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(autouse=True)
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "available", lambda: False)
+    monkeypatch.setattr(fused, "is_preferred", lambda: False)
 
 
 def sequence(chunks: list[int], start: int, stop: int) -> SequenceRows:
