@@ -14,6 +14,7 @@ import torch
 
 from stemcache.prefixtree.device_copies import DeviceCopies
 from stemcache.prefixtree.errors import CapacityError
+from stemcache.prefixtree.host_memory import zeroed
 from stemcache.prefixtree.layout import KVLayout
 
 
@@ -33,10 +34,10 @@ class KVPool:
         if n_chunks < 1:
             raise CapacityError(f"a pool needs at least one chunk, not {n_chunks}")
         shape = (layout.layers, 2, layout.kv_heads, n_chunks, layout.chunk_tokens, layout.head_dim)
+        size = n_chunks * layout.bytes_per_chunk
         try:
-            self.tensor = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+            self.tensor = _zeros(size, device).view(getattr(torch, layout.dtype)).view(shape)
         except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
-            size = n_chunks * layout.bytes_per_chunk
             raise CapacityError(f"cannot allocate {n_chunks} chunks ({size} bytes) on {device}: {error}") from error
         self.layout = layout
         self.n_chunks = n_chunks
@@ -131,6 +132,13 @@ class KVPool:
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.n_chunks:
             raise IndexError(f"there is no slot {slot} in a pool of {self.n_chunks}")
+
+
+def _zeros(n_bytes: int, device: str | torch.device) -> torch.Tensor:
+    """Zeros in a device's memory, uint8 `[n_bytes]`."""
+    if torch.device(device).type == "cpu":
+        return zeroed(n_bytes)
+    return torch.zeros(n_bytes, dtype=torch.uint8, device=device)
 
 
 def _nothing() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from asyncio import timeout
+from asyncio import sleep, timeout
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +25,8 @@ from stemcache.api.server_process import ServerStartError
 
 TURN_SECONDS = 240.0
 """What a server may take for one round of a workload, beyond which it has failed at it."""
+SETTLE_SECONDS = 0.5
+"""Without growth of its memory, after which a server that has been started counts as settled."""
 
 
 @dataclass(slots=True)
@@ -40,9 +42,15 @@ class Contestant:
         return self.peer.name
 
     async def warm_up(self) -> None:
-        """One short request: what a server prepares on its first one is not what a cold prompt costs."""
+        """One short request: what a server prepares on its first one is not what a cold prompt costs.
+
+        Then wait until it takes no more memory: ours fills its pool meanwhile, and a sharer's would be measured with it.
+        """
         async with self._client() as client, timeout(TURN_SECONDS):
             await client.ask(text_of(random.Random(self.name), 64), 4)
+            held = 0
+            while held < (held := self.server.memory_bytes()):
+                await sleep(SETTLE_SECONDS)
 
     async def turn(self, workload: Workload, round_: int, sizes: Sizes) -> Round:
         """One round of a workload, with the machine to itself. Raises what a server that fails raises."""
