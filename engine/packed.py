@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stemcache.engine.fused import FusedLinear
+from stemcache.kernels import products
 
 HINTED_ROWS: Final = 1024
 """Rows for which oneDNN chooses the layout: with 64 all sizes take a hundredth longer."""
@@ -45,7 +46,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight if shared else None
         self.bias = linear.bias
-        self._compute = (_plain if shared else _packed)(linear.weight, linear.bias)
+        self._compute = (_shared if shared else _packed)(linear.weight, linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self._compute(hidden)
@@ -88,7 +89,7 @@ def pack_weights(model: PreTrainedModel) -> int:
                 packed += _pack_fused(child, dtype)
             elif _is_plain_linear(child, dtype):
                 shared = child.weight is table
-                if not shared or dtype == torch.float32:
+                if not shared or dtype == torch.float32 or products.can_read(child.weight):
                     setattr(module, name, PackedLinear(child, shared=shared))
                     packed += 1
     return packed
@@ -111,10 +112,21 @@ def _pack_fused(linear: FusedLinear, dtype: torch.dtype) -> int:
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return _plain(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), HINTED_ROWS), bias)
+    if products.can_pack(weight):
+        return products.packed(weight, bias)
+    return _by_onednn(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), HINTED_ROWS), bias)
 
 
-def _plain(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _shared(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """With a weight that stays plain."""
+    many = _by_onednn(weight, bias)
+    if not products.can_read(weight):
+        return many
+    few = products.plain(weight, bias)
+    return lambda hidden: (few if hidden.numel() <= products.FEW_ROWS * few.inputs else many)(hidden)
+
+
+def _by_onednn(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return partial(_product, weight.detach(), None if bias is None else bias.detach())
 
 

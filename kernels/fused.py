@@ -8,9 +8,7 @@ processors with AMX, whose tiles MKL does use: there the flash kernel stays (`ke
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from functools import cache
 from math import e, log2
 
 import numpy as np
@@ -19,32 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stemcache.kernels import openmp
-from stemcache.kernels.cpu_schedule import has_amx
+from stemcache.kernels.bfloat16_pairs import is_preferred
 from stemcache.kernels.fused_units import PACKED_ROWS, Units, cut
 from stemcache.kernels.plan import AttentionPlan
-
-log = logging.getLogger(__name__)
-
-
-@cache
-def can_run() -> bool:
-    """Whether the kernel runs here: AVX512_BF16, an OpenMP runtime that can be reached, and numba, which for a new
-    Python or NumPy may not be there yet."""
-    tells = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    if tells is None or not tells() or not openmp.has_team():
-        return False
-    try:
-        import stemcache.kernels.fused_kernel  # noqa: F401
-    except ImportError as error:
-        log.warning("attention in bfloat16 takes two to four times as long without numba: %s", error)
-        return False
-    return True
-
-
-def is_preferred() -> bool:
-    """Whether it takes the flash kernel's place: not beside AMX, where the two have not been measured
-    (`benchmarks/attention.py` does)."""
-    return not has_amx() and can_run()
 
 
 def serves(query: Tensor, *, scale: float, softcap: float | None) -> bool:

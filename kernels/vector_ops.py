@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 4
 NO_SCORE = -1e30
 """The maximum of no scores: below any score, yet finite, so that a difference of two is a number."""
 
-_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 class _BFloat(ir.Type):
@@ -43,14 +43,13 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-_FLOATS, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-_ROW, _HALVES, _BFLOATS = (ir.VectorType(*of) for of in ((_I16, LANES), (_I16, 2 * LANES), (_BFloat(), 2 * LANES)))
-_INTERLEAVED = ir.Constant(
-    ir.VectorType(_I32, 2 * LANES), [lane + half for lane in range(LANES) for half in (0, LANES)]
-)
+FLOATS, PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_ROW, _HALVES, _BFLOATS = (ir.VectorType(*of) for of in ((I16, LANES), (I16, 2 * LANES), (_BFloat(), 2 * LANES)))
+HALF_BFLOATS = ir.VectorType(_BFloat(), LANES)
+_INTERLEAVED = ir.Constant(ir.VectorType(I32, 2 * LANES), [lane + half for lane in range(LANES) for half in (0, LANES)])
 
 
-class _Emitter:
+class Emitter:
     """Appends instructions to the function that numba is building."""
 
     def __init__(self, builder):
@@ -68,15 +67,15 @@ class _Emitter:
 
     def at(self, address, index, stride):
         """address + index * stride; the index is a Python number."""
-        return self.add(address, self.mul(_I64(index), stride if isinstance(stride, ir.Value) else _I64(stride)))
+        return self.add(address, self.mul(I64(index), stride if isinstance(stride, ir.Value) else I64(stride)))
 
     def constant(self, number):
-        return ir.Constant(_FLOATS, [number] * LANES)
+        return ir.Constant(FLOATS, [number] * LANES)
 
     def splat(self, number):
         undefined = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
-        first = self.builder.insert_element(undefined, number, _I32(0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(_PAIRS, [0] * LANES))
+        first = self.builder.insert_element(undefined, number, I32(0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(PAIRS, [0] * LANES))
 
     def interleaved(self, first, second):
         """16-bit lanes of two vectors in turn: the pairs (first[i], second[i])."""
@@ -97,31 +96,31 @@ class _Emitter:
         return self.builder.select(self.builder.fcmp_unordered(">=", first, second), first, second)
 
     def multiply_add(self, a, b, c):
-        return self.call("llvm.fma.v16f32", _FLOATS, a, b, c)
+        return self.call("llvm.fma.v16f32", FLOATS, a, b, c)
 
     def add_products(self, total, pairs, others):
         pairs, others = self.bitcast(pairs, _BFLOATS), self.bitcast(others, _BFLOATS)
         self.builder.store(
-            self.call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, self.builder.load(total), pairs, others), total
+            self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, self.builder.load(total), pairs, others), total
         )
 
     def exp2(self, x):
         """2 ** x for x <= 0, to 3e-6 (the Taylor polynomial of degree 5 on [-1/2, 1/2]); 0 below -200."""
         x = self.larger(x, self.constant(-200.0))
-        whole = self.call("llvm.rint.v16f32", _FLOATS, x)
+        whole = self.call("llvm.rint.v16f32", FLOATS, x)
         part = self.fsub(x, whole)
         value = self.constant(math.log(2) ** 5 / math.factorial(5))
         for power in (4, 3, 2, 1, 0):
             value = self.multiply_add(value, part, self.constant(math.log(2) ** power / math.factorial(power)))
-        every, nearest = ir.Constant(_I16, -1), _I32(4)
-        return self.call("llvm.x86.avx512.mask.scalef.ps.512", _FLOATS, value, whole, value, every, nearest)
+        every, nearest = ir.Constant(I16, -1), I32(4)
+        return self.call("llvm.x86.avx512.mask.scalef.ps.512", FLOATS, value, whole, value, every, nearest)
 
 
-def _procedure(emit, *given):
+def procedure(emit, *given):
     """What an intrinsic returns to numba: the signature for the given argument types, and how to emit the body."""
 
     def code(context, builder, signature, values):
-        emit(_Emitter(builder), *values)
+        emit(Emitter(builder), *values)
         return context.get_dummy_value()
 
     return types.void(*given), code
@@ -138,7 +137,7 @@ def take_number(context, counter):
     """The int64 at an address, which becomes one more: no two threads get the same."""
 
     def code(_, builder, __, given):
-        return builder.atomic_rmw("add", builder.inttoptr(given[0], _I64.as_pointer()), _I64(1), "monotonic")
+        return builder.atomic_rmw("add", builder.inttoptr(given[0], I64.as_pointer()), I64(1), "monotonic")
 
     return types.int64(counter), code
 
@@ -153,10 +152,10 @@ def _scores(vectors):
             totals = [[e.variable(e.constant(0.0)) for _ in range(vectors)] for _ in range(KEYS_AT_ONCE)]
             with cgutils.for_range(e.builder, pairs) as loop:
                 row = e.add(queries, e.mul(loop.index, queries_stride))
-                own = [e.load(e.at(row, v, 4 * LANES), _PAIRS) for v in range(vectors)]
-                column = e.add(keys, e.mul(loop.index, _I64(4)))
+                own = [e.load(e.at(row, v, 4 * LANES), PAIRS) for v in range(vectors)]
+                column = e.add(keys, e.mul(loop.index, I64(4)))
                 for i, of_key in enumerate(totals):
-                    pair = e.splat(e.load(e.at(column, i, keys_stride), _I32))
+                    pair = e.splat(e.load(e.at(column, i, keys_stride), I32))
                     for total, query in zip(of_key, own, strict=True):
                         e.add_products(total, query, pair)
             for i, of_key in enumerate(totals):
@@ -164,7 +163,7 @@ def _scores(vectors):
                     e.store(e.builder.load(total), e.at(e.at(scores, i, scores_stride), v, 4 * LANES))
 
         given = queries, queries_stride, keys, keys_stride, pairs, scores, scores_stride
-        return _procedure(emit, *given)
+        return procedure(emit, *given)
 
     return function
 
@@ -182,14 +181,14 @@ def _outputs(vectors):
             ]
             totals = []
             for i, of_row in enumerate(places):
-                factor = e.splat(e.load(e.at(factors, i, 4), _F32))
-                totals.append([e.variable(e.fmul(e.load(place, _FLOATS), factor)) for place in of_row])
+                factor = e.splat(e.load(e.at(factors, i, 4), F32))
+                totals.append([e.variable(e.fmul(e.load(place, FLOATS), factor)) for place in of_row])
             with cgutils.for_range(e.builder, pairs) as loop:
                 row = e.add(values, e.mul(loop.index, values_stride))
-                own = [e.load(e.at(row, v, 4 * LANES), _PAIRS) for v in range(vectors)]
+                own = [e.load(e.at(row, v, 4 * LANES), PAIRS) for v in range(vectors)]
                 column = e.add(weights, e.mul(loop.index, weights_stride))
                 for i, of_row in enumerate(totals):
-                    pair = e.splat(e.load(e.at(column, i, 4), _I32))
+                    pair = e.splat(e.load(e.at(column, i, 4), I32))
                     for total, value in zip(of_row, own, strict=True):
                         e.add_products(total, value, pair)
             for of_place, of_row in zip(places, totals, strict=True):
@@ -197,7 +196,7 @@ def _outputs(vectors):
                     e.store(e.builder.load(total), place)
 
         given = weights, weights_stride, values, values_stride, pairs, outputs, outputs_stride, factors
-        return _procedure(emit, *given)
+        return procedure(emit, *given)
 
     return function
 
@@ -216,31 +215,31 @@ def softmax(context, scores, stride, weights, pairs, maxima, sums, factors, scal
     """
 
     def emit(e, scores, stride, weights, pairs, maxima, sums, factors, scale):
-        scale, two = e.splat(scale), e.mul(stride, _I64(2))
-        largest, before = e.variable(e.constant(-3e38)), e.load(maxima, _FLOATS)
+        scale, two = e.splat(scale), e.mul(stride, I64(2))
+        largest, before = e.variable(e.constant(-3e38)), e.load(maxima, FLOATS)
         with cgutils.for_range(e.builder, pairs) as loop:
             at = e.add(scores, e.mul(loop.index, two))
-            pair = e.larger(e.load(at, _FLOATS), e.load(e.add(at, stride), _FLOATS))
+            pair = e.larger(e.load(at, FLOATS), e.load(e.add(at, stride), FLOATS))
             e.builder.store(e.larger(pair, e.builder.load(largest)), largest)
         maximum = e.larger(e.fmul(e.builder.load(largest), scale), before)
         factor = e.exp2(e.fsub(before, maximum))
-        total = e.variable(e.fmul(e.load(sums, _FLOATS), factor))
+        total = e.variable(e.fmul(e.load(sums, FLOATS), factor))
         e.store(maximum, maxima)
         e.store(factor, factors)
         negative = e.fneg(maximum)
         with cgutils.for_range(e.builder, pairs) as loop:
             at = e.add(scores, e.mul(loop.index, two))
             first, second = (
-                e.exp2(e.multiply_add(e.load(place, _FLOATS), scale, negative)) for place in (at, e.add(at, stride))
+                e.exp2(e.multiply_add(e.load(place, FLOATS), scale, negative)) for place in (at, e.add(at, stride))
             )
             e.builder.store(e.fadd(e.builder.load(total), e.fadd(first, second)), total)
             rounded = e.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", _BFLOATS, second, first)
             halves = e.bitcast(rounded, _HALVES)
             paired = e.builder.shuffle_vector(halves, ir.Constant(_HALVES, ir.Undefined), _INTERLEAVED)
-            e.store(e.bitcast(paired, _PAIRS), e.add(weights, e.mul(loop.index, stride)))
+            e.store(e.bitcast(paired, PAIRS), e.add(weights, e.mul(loop.index, stride)))
         e.store(e.builder.load(total), sums)
 
-    return _procedure(emit, scores, stride, weights, pairs, maxima, sums, factors, scale)
+    return procedure(emit, scores, stride, weights, pairs, maxima, sums, factors, scale)
 
 
 @intrinsic
@@ -249,14 +248,14 @@ def pair_values(context, values, stride, pairs, paired, blocks):
 
     def emit(e, values, stride, pairs, paired, blocks):
         with cgutils.for_range(e.builder, pairs) as outer:
-            row = e.add(values, e.mul(outer.index, e.mul(stride, _I64(2))))
-            out = e.add(paired, e.mul(outer.index, e.mul(blocks, _I64(4 * LANES))))
+            row = e.add(values, e.mul(outer.index, e.mul(stride, I64(2))))
+            out = e.add(paired, e.mul(outer.index, e.mul(blocks, I64(4 * LANES))))
             with cgutils.for_range(e.builder, blocks) as inner:
-                at = e.add(row, e.mul(inner.index, _I64(2 * LANES)))
+                at = e.add(row, e.mul(inner.index, I64(2 * LANES)))
                 both = e.interleaved(e.load(at, _ROW), e.load(e.add(at, stride), _ROW))
-                e.store(both, e.add(out, e.mul(inner.index, _I64(4 * LANES))))
+                e.store(both, e.add(out, e.mul(inner.index, I64(4 * LANES))))
 
-    return _procedure(emit, values, stride, pairs, paired, blocks)
+    return procedure(emit, values, stride, pairs, paired, blocks)
 
 
 @intrinsic
@@ -266,8 +265,8 @@ def store_rounded(context, values, factor, out, blocks):
     def emit(e, values, factor, out, blocks):
         factor = e.splat(factor)
         with cgutils.for_range(e.builder, blocks) as loop:
-            scaled = e.fmul(e.load(e.add(values, e.mul(loop.index, _I64(4 * LANES))), _FLOATS), factor)
-            rounded = e.call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), LANES), scaled)
-            e.store(rounded, e.add(out, e.mul(loop.index, _I64(2 * LANES))))
+            scaled = e.fmul(e.load(e.add(values, e.mul(loop.index, I64(4 * LANES))), FLOATS), factor)
+            rounded = e.call("llvm.x86.avx512bf16.cvtneps2bf16.512", HALF_BFLOATS, scaled)
+            e.store(rounded, e.add(out, e.mul(loop.index, I64(2 * LANES))))
 
-    return _procedure(emit, values, factor, out, blocks)
+    return procedure(emit, values, factor, out, blocks)

@@ -44,7 +44,7 @@ class Contestant:
     async def warm_up(self) -> None:
         """One short request: what a server prepares on its first one is not what a cold prompt costs.
 
-        Then wait until it takes no more memory: ours fills its pool meanwhile, and a sharer's would be measured with it.
+        Then wait until it takes no more memory: ours fills its pool meanwhile, which a sharer would be charged with.
         """
         async with self._client() as client, timeout(TURN_SECONDS):
             await client.ask(text_of(random.Random(self.name), 64), 4)

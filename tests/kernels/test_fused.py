@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stemcache.kernels import cpu, fused
+from stemcache.kernels import bfloat16_pairs, cpu, fused, openmp
 from stemcache.kernels.attention import attend
 from stemcache.kernels.fused_units import SPLIT_TOKENS, cut
 from stemcache.kernels.plan import SequenceRows
@@ -22,7 +22,7 @@ many keys weigh alike the outputs are small beside them. Half of what the flash 
 between partial results and their merge."""
 
 kernel = pytest.mark.skipif(
-    not fused.can_run(), reason="needs AVX512_BF16, numba and an OpenMP runtime that can be reached"
+    not bfloat16_pairs.can_run(), reason="needs AVX512_BF16, numba and an OpenMP runtime that can be reached"
 )
 
 
@@ -159,7 +159,7 @@ def test_the_backend_takes_it_where_it_serves(batches: Callable[..., Any], monke
     """And leaves to the flash kernel what it does not: other dtypes, softcap, odd head widths."""
     calls = []
     plain = fused.attend
-    monkeypatch.setattr(fused, "has_amx", lambda: False)
+    monkeypatch.setattr(bfloat16_pairs, "has_amx", lambda: False)
     monkeypatch.setattr(cpu.fused, "attend", lambda *given, **named: calls.append(1) or plain(*given, **named))
     for expected, head_dim, dtype, softcap in [
         (1, 64, torch.bfloat16, None),
@@ -178,20 +178,20 @@ def test_without_numba_it_says_so_and_the_flash_kernel_serves(
     batches: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    monkeypatch.setattr(fused, "has_amx", lambda: False)
-    monkeypatch.setattr(fused.openmp, "has_team", lambda: True)
-    monkeypatch.setitem(sys.modules, "stemcache.kernels.fused_kernel", None)
-    monkeypatch.delattr("stemcache.kernels.fused_kernel", raising=False)
-    fused.can_run.cache_clear()
+    monkeypatch.setattr(bfloat16_pairs, "has_amx", lambda: False)
+    monkeypatch.setattr(openmp, "has_team", lambda: True)
+    monkeypatch.setitem(sys.modules, "stemcache.kernels.vector_ops", None)
+    monkeypatch.delattr("stemcache.kernels.vector_ops", raising=False)
+    bfloat16_pairs.can_run.cache_clear()
     try:
         batch = batches([sequence([1], 0, 5)], chunk_tokens=64, head_dim=64, dtype=torch.bfloat16)
         out = attend(batch.query, batch.pool, batch.plan, scale=batch.scale)
         expected = attend(batch.query, batch.pool, batch.plan, scale=batch.scale, backend="reference")
         assert (out - expected).abs().max() < 0.05
         assert "without numba" in caplog.text
-        assert not fused.can_run()
+        assert not bfloat16_pairs.can_run()
     finally:
-        fused.can_run.cache_clear()
+        bfloat16_pairs.can_run.cache_clear()
 
 
 @pytest.mark.parametrize("seed", range(20))
