@@ -106,11 +106,12 @@ class Contest:
     began: float = field(default_factory=time.monotonic)
 
     async def run(self, workloads: Sequence[Workload]) -> None:
-        """All rounds that `measured` lacks. First one of everything, so that what is broken off is a whole table."""
+        """All rounds that `measured` lacks. First one of everything, so that what is broken off is a whole table, but
+        for what every server does alone: that comes last."""
         lasted: dict[str, float] = {}
         for round_ in range(self.rounds):
             for workload in workloads:
-                if workload.once and round_:
+                if workload.alone:
                     continue
                 before = time.monotonic()
                 if round_ and (before - self.began + lasted.get(workload.name, 0)) / 60 > self.minutes:
@@ -118,25 +119,47 @@ class Contest:
                     continue
                 await self._round(workload, round_)
                 lasted[workload.name] = time.monotonic() - before
+        for workload in workloads:
+            if workload.alone:
+                await self._alone(workload)
 
     async def _round(self, workload: Workload, round_: int) -> None:
         """Every server's turn; each round another one begins."""
         first = round_ % max(1, len(self.contestants))
         for each in [*self.contestants[first:], *self.contestants[:first]]:
-            if not self.measured.lacks(workload.name, each.name, round_) or each.name in workload.without:
-                continue
-            began = time.monotonic()
-            try:
-                self.measured.add(workload.name, each.name, await each.turn(workload, round_, self.sizes))
-            except FAILURES as error:
-                self.measured.fail(workload.name, each.name, reason_of(error))
-                say(f"{each.name} fails at {workload.name}: {reason_of(error)}")
+            if self._is_due(workload, each, round_) and not await self._turn(workload, each, round_):
                 await self._restart(each)
-            else:
-                say(f"round {round_ + 1}, {workload.name}: {each.name}, {time.monotonic() - began:.1f} s")
-            peak = each.server.peak_bytes() / 1e6
-            self.measured.peak_mb[each.name] = max(self.measured.peak_mb.get(each.name, 0), peak)
-            self.save()
+
+    async def _alone(self, workload: Workload) -> None:
+        """The one round of a workload for which no other server may be in memory. It ends them all."""
+        for each in self.contestants:
+            each.server.stop()
+        for each in self.contestants:
+            if self._is_due(workload, each, 0):
+                await self._turn(workload, each, 0)
+                each.server.stop()
+
+    def _is_due(self, workload: Workload, contestant: Contestant, round_: int) -> bool:
+        name = contestant.name
+        return name not in workload.without and self.measured.lacks(workload.name, name, round_)
+
+    async def _turn(self, workload: Workload, each: Contestant, round_: int) -> bool:
+        """A server's turn; whether it managed it."""
+        began = time.monotonic()
+        try:
+            self.measured.add(workload.name, each.name, await each.turn(workload, round_, self.sizes))
+            failure = None
+        except FAILURES as error:
+            failure = reason_of(error)
+            self.measured.fail(workload.name, each.name, failure)
+        if failure is None:
+            say(f"round {round_ + 1}, {workload.name}: {each.name}, {time.monotonic() - began:.1f} s")
+        else:
+            say(f"{each.name} fails at {workload.name}: {failure}")
+        peak = each.server.peak_bytes() / 1e6
+        self.measured.peak_mb[each.name] = max(self.measured.peak_mb.get(each.name, 0), peak)
+        self.save()
+        return failure is None
 
     async def _restart(self, contestant: Contestant) -> None:
         """After a failure it may still be busy with what it failed at."""

@@ -78,7 +78,9 @@ import psutil, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from stemcache import Engine, SamplingParams
 from stemcache.engine import runner
+from stemcache.kernels import products
 
+products.is_preferred = lambda: False  # whose kernel is one for all numbers of rows
 runner.NEW_ROW_COUNTS = int(sys.argv[1])
 config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4)
 model = LlamaForCausalLM(config).to(torch.bfloat16).eval()

@@ -13,6 +13,8 @@ from torch import nn
 from stemcache.engine import packed
 from stemcache.engine.fused import FusedLinear, fuse_projections
 from stemcache.engine.packed import PackedLinear, can_pack, pack_weights
+from stemcache.kernels import bfloat16_pairs, products
+from stemcache.kernels.products import PairProduct
 
 torch.set_num_threads(1)
 
@@ -24,10 +26,19 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 is packed whosever the processor is."""
+COMPILED = pytest.mark.skipif(
+    not bfloat16_pairs.can_run(), reason="needs AVX512_BF16, numba and torch's OpenMP runtime"
+)
+
+
+@pytest.fixture(
+    autouse=True, params=[pytest.param(True, marks=COMPILED, id="compiled"), pytest.param(False, id="onednn")]
+)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whose products of bfloat16 they are; and float32 is packed whosever the processor is."""
+    monkeypatch.setattr(products, "is_preferred", lambda: request.param)
     monkeypatch.setattr(packed, "is_amd", lambda: True)
+    return bool(request.param)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,8 +63,8 @@ def test_each_layer_gives_the_same_numbers(family: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_no_plain_weight_is_kept_but_the_vocabulary(family: str, dtype: torch.dtype) -> None:
-    served = random_models(family, dtype=dtype)[0]
+def test_no_plain_weight_is_kept_but_the_vocabulary(family: str, dtype: torch.dtype, compiled: bool) -> None:
+    served, own = random_models(family, dtype=dtype)
     table = served.get_input_embeddings().weight
     tied = served.get_output_embeddings().weight is table
     plain = set(linears(served)) - ({"lm_head"} if tied else set())
@@ -66,8 +77,33 @@ def test_no_plain_weight_is_kept_but_the_vocabulary(family: str, dtype: torch.dt
         assert not isinstance(each, FusedLinear) or each.product.weight is None
     vocabulary = served.get_output_embeddings()
     assert vocabulary.weight is (table if tied else None)
-    assert type(vocabulary) is (nn.Linear if tied and dtype == torch.bfloat16 else PackedLinear)
+    is_read = compiled and products.can_read(own.get_output_embeddings().weight)
+    assert type(vocabulary) is (nn.Linear if tied and dtype == torch.bfloat16 and not is_read else PackedLinear)
     assert pack_weights(served) == 0, "a second engine over the same model packs nothing again"
+
+
+@torch.inference_mode()
+def test_a_vocabulary_that_is_the_table_too_is_read_where_it_lies(compiled: bool) -> None:
+    """By the compiled kernel for few rows, which then takes part in every step, and by oneDNN for many."""
+    tied = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+    layer = PackedLinear(tied, shared=True)
+    assert layer.weight is tied.weight
+    for rows in (1, products.FEW_ROWS, products.FEW_ROWS + 1, 200):
+        hidden = torch.randn(1, rows, 64, dtype=torch.bfloat16)
+        torch.testing.assert_close(layer(hidden), tied(hidden), rtol=1e-2, atol=1e-2)
+
+
+@torch.inference_mode()
+def test_every_product_of_a_layer_is_the_compiled_kernels(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run = PairProduct.__call__
+    monkeypatch.setattr(PairProduct, "__call__", lambda self, hidden: calls.append(self) or run(self, hidden))
+    model = random_models("llama", dtype=torch.bfloat16)[0]
+    fuse_projections(model)
+    n_packed = pack_weights(model)
+    calls.clear()  # of what was tried first
+    model(torch.zeros(1, 3, dtype=torch.long))
+    assert len(calls) == (n_packed if compiled else 0)
 
 
 def test_other_dtypes_and_other_processors_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
