@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stemcache.kernels import cpu, fused, reference
+from stemcache.kernels import bfloat16_pairs, cpu, fused, reference
 from stemcache.kernels.attention import append_kv
 from stemcache.kernels.cpu_schedule import has_amx
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
-    if not fused.can_run():
+    if not bfloat16_pairs.can_run():
         raise SystemExit("the fused kernel needs AVX512_BF16, numba and an OpenMP runtime that can be reached")
     torch.set_num_threads(arguments.threads)
     results = [measure(step, arguments.repeats) for step in STEPS]

@@ -73,7 +73,7 @@ def record() -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "triton")},
+        "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "numba", "triton")},
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }

@@ -3,20 +3,22 @@
 Invariant: a packed layer gives the product of the same numbers, and its plain weight is let go: nothing is held twice.
 A vocabulary that is also the table of embeddings keeps its plain one.
 
-A plain bfloat16 weight is brought into that layout again for every product: the products of a layer of SmolLM2-135M's
-shape take 1.2 to 1.3 times as long for 1 to 32 rows, 1.5 times for 64, 1.3 for 256, 1.15 for 544, and as long from
-1,088 on (one thread of a Xeon with AMX, processor time, medians of interleaved calls); on a Zen 4 1.4 to 1.9 times for
-up to 32 rows, 1.1 for 128. The operations are oneDNN's, which torch's compiler uses for frozen weights. They are no
-public interface: where one is missing, all stays as it is.
+Where `kernels.products` runs, which is on processors with AVX512_BF16 and without AMX, all products in bfloat16 are its
+own, and a vocabulary that stays plain is read where it lies for few rows. Elsewhere they are oneDNN's, by operations
+that torch's compiler uses for frozen weights. Those are no public interface: where one is missing, all stays as it is.
+
+A plain bfloat16 weight is brought into oneDNN's layout again for every product: the products of a layer of
+SmolLM2-135M's shape take 1.2 to 1.3 times as long for 1 to 32 rows, 1.5 times for 64, 1.3 for 256, 1.15 for 544, and as
+long from 1,088 on (one thread of a Xeon with AMX, processor time, medians of interleaved calls).
 
 float32 is packed on AMD's processors only: torch's own products are MKL's, which has its best kernels for Intel's. On
 a Zen 4 they take 1.2 to 1.9 times as long for up to 128 rows, 1.2 to 1.4 beyond; on the Xeon packed ones were as often
-slower as faster. A vocabulary that stays plain goes through oneDNN too: 0.4 to 0.6 of MKL's time there. (In bfloat16
+slower as faster. There a vocabulary that stays plain goes through oneDNN too: 0.4 to 0.6 of MKL's time. (In bfloat16
 torch's own product is oneDNN's.)
 
 Rejected: packing for one row, the hint for decoding, with which prefills take half as long again; timing both at the
 start, after which two runs of one machine could round differently; and a packed copy of a vocabulary that is the
-embedding's table too, which would take 4 to 8 % off a step on the Zen 4 for a fifth more memory.
+embedding's table too: a fifth more memory.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stemcache.engine.fused import FusedLinear
@@ -39,7 +42,8 @@ _PROCESSORS: Final = Path("/proc/cpuinfo")
 
 
 class PackedLinear(nn.Module):
-    """A linear layer by oneDNN. Its bias is a parameter, or None; its weight None, or, `shared` with others, plain."""
+    """A linear layer by the compiled kernel or by oneDNN. Its bias is a parameter, or None; its weight None, or plain if
+    it is `shared` with others."""
 
     def __init__(self, linear: nn.Linear, *, shared: bool = False) -> None:
         super().__init__()
@@ -119,10 +123,9 @@ def _packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
 
 def _shared(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """With a weight that stays plain."""
-    many = _by_onednn(weight, bias)
     if not products.can_read(weight):
-        return many
-    few = products.plain(weight, bias)
+        return _by_onednn(weight, bias)
+    few, many = products.plain(weight, bias), partial(functional.linear, weight=weight, bias=bias)
     return lambda hidden: (few if hidden.numel() <= products.FEW_ROWS * few.inputs else many)(hidden)
 
 

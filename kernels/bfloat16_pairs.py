@@ -33,5 +33,5 @@ def can_run() -> bool:
 
 def is_preferred() -> bool:
     """Whether they take the place of PyTorch's: not beside AMX, where the two have not been compared
-    (`benchmarks/cpu_kernels.py` does)."""
+    (`benchmarks/cpu_kernels.py` and `benchmarks/products.py` do)."""
     return not has_amx() and can_run()
