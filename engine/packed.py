@@ -42,8 +42,8 @@ _PROCESSORS: Final = Path("/proc/cpuinfo")
 
 
 class PackedLinear(nn.Module):
-    """A linear layer by the compiled kernel or by oneDNN. Its bias is a parameter, or None; its weight None, or plain if
-    it is `shared` with others."""
+    """A linear layer by the compiled kernel or by oneDNN. Its bias is a parameter, or None; its weight None, or plain
+    (`shared`, with others)."""
 
     def __init__(self, linear: nn.Linear, *, shared: bool = False) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ GB/s for 1 to 8 rows (a sum over memory 28; oneDNN's packed products 14 to 18) a
 from __future__ import annotations
 
 import ctypes
-from typing import Final
+from typing import Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,6 +58,12 @@ class PairProduct:
         job = _Job(hidden.data_ptr(), rows, out.data_ptr(), *self._addresses, *size)
         openmp.run(self._function, ctypes.addressof(job), threads)
         return out
+
+    def __deepcopy__(self, _: dict[int, object]) -> PairProduct:
+        return self  # nothing of it changes, and a copy's addresses would be those of the original's memory
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a product that has been prepared for this processor cannot be pickled: save the model before")
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -111,6 +114,17 @@ def test_several_threads_may_use_one_product(make: Callable[..., PairProduct]) -
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
             assert all(map(torch.equal, pool.map(product, inputs), expected))
+
+
+def test_a_copy_outlives_the_original_and_a_pickle_is_refused() -> None:
+    weight, hidden = random(64, 96), random(3, 96, seed=1)
+    product = packed(weight, None)
+    with pytest.raises(TypeError, match="cannot be pickled: save the model before"):
+        pickle.dumps(product)
+    copied = copy.deepcopy(product)
+    del product
+    gc.collect()
+    assert_close(copied(hidden), hidden, weight)
 
 
 @MAKERS
