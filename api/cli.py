@@ -8,6 +8,7 @@ imported when they run, so that `--help` does not wait for torch.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,9 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "serve":
-            from stemcache.api.serve import serve
+            gc.disable()  # until all is there: passes over what is imported, and stays, are a fifth of a start
+            try:
+                from stemcache.api.serve import serve
 
-            return serve(options)
+                return serve(options)
+            finally:
+                gc.enable()
         case "generate":
             from stemcache.api.generate import generate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import ipaddress
 import logging
 import signal
@@ -83,6 +84,8 @@ def serve(options: argparse.Namespace) -> int:
         config = uvicorn.Config(
             app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=_CANCEL_SECONDS
         )
+        gc.freeze()  # all that there is now stays: a pass over it would stop every stream, for 0.2 to 0.4 s
+        gc.enable()
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal once more after its shutdown: the normal end
             DrainingServer(config, drain, grace_seconds=_GRACE_SECONDS).run(sockets=[listener])
     return 0

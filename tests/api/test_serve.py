@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from forked import ForkedServer
 
-from stemcache.api import cli
+from stemcache.api import cli, serve
 from stemcache.api.limits import Limits
 from stemcache.api.serve import limits_from
-from stemcache.api.server_process import ServerProcess, ServerStartError
+from stemcache.api.server_process import ServerProcess, ServerStartError, free_port
 
 KEY = "alice-key-0123456789"
 LONG = {"prompt": "Zanzibar is", "max_tokens": 250, "ignore_eos": True, "stream": True, "temperature": 0}
@@ -25,6 +27,29 @@ def keys(tmp_path: Path) -> Path:
     path.write_text(f"alice {KEY}\n")
     path.chmod(0o644)  # to be warned of
     return path
+
+
+def test_garbage_is_collected_from_a_servers_start_on_and_never_among_what_was_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In this process, with a server that ends at once."""
+    seen = []
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve.logs, "configure", lambda: None)
+    load, frozen = serve.load_engine, gc.get_freeze_count()
+
+    def load_engine(*arguments: Any) -> Any:
+        seen.append(gc.isenabled())
+        return load(*arguments)
+
+    monkeypatch.setattr(serve, "load_engine", load_engine)
+    monkeypatch.setattr(
+        serve.DrainingServer, "run", lambda *_, **__: seen.extend([gc.isenabled(), gc.get_freeze_count() > frozen])
+    )
+    assert cli.main(["serve", "--pool-bytes", "16MiB", "--port", str(free_port())]) == 0
+    assert seen == [False, True, True]
+    assert cli.main(["serve", "--model", "nowhere", "--port", str(free_port())]) == cli.USAGE_ERROR
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("start", [ServerProcess, ForkedServer])
