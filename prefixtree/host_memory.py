@@ -20,6 +20,7 @@ import sys
 import threading
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,9 @@ PIECE = 512 << 10
 """Bytes asked for at once. The process's memory map is locked meanwhile (0.2 to 1.2 ms)."""
 SMALL = 64 << 20
 """Bytes below which memory is zeroed at once: that takes less than 0.1 s."""
+_MEMINFO = Path("/proc/meminfo")
+_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Of the control group (a container's), versions 2 and 1; where there is none, no such number is in them."""
 _POPULATE_WRITE = 23  # linux/mman.h; Python's mmap names it from 3.13 on only if its headers did
 
 
@@ -34,11 +38,13 @@ def zeroed(n_bytes: int) -> torch.Tensor:
     """Return `n_bytes` zeros, uint8 `[n_bytes]`. The memory is given back when nothing refers to the tensor any more.
 
     Raises:
-        MemoryError, RuntimeError: the system refuses so much. (It may also promise what it does not have, and end the
-            process when it is asked for it.)
+        MemoryError, RuntimeError: so much is not there. (Linux promises it all the same, and ends the process when it
+            asks for the last pages.)
     """
     if n_bytes < SMALL or sys.platform != "linux":
         return torch.zeros(n_bytes, dtype=torch.uint8)
+    if n_bytes > (left := available()):
+        raise MemoryError(f"{left >> 20:,} MiB are left of the memory, and {-(-n_bytes >> 20):,} are asked for")
     try:
         mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
@@ -47,6 +53,20 @@ def zeroed(n_bytes: int) -> torch.Tensor:
     name = "stemcache-pages"
     threading.Thread(target=_populate, args=(weakref.ref(mapping), tensor.data_ptr()), name=name, daemon=True).start()
     return tensor
+
+
+def available() -> int:
+    """Bytes that the system can still give, as far as it tells: free, or held only as a cache, or in its swap space;
+    no more than its control group may have. Without a limit, or on a system that says nothing, a very large number."""
+    left = sys.maxsize
+    with suppress(OSError, ValueError, KeyError):
+        lines = (line.split() for line in _MEMINFO.read_text().splitlines())
+        kib = {name.rstrip(":"): int(number) for name, number, *_ in lines}
+        left = (kib["MemAvailable"] + kib["SwapFree"]) << 10
+    for file in _LIMITS:
+        with suppress(OSError, ValueError):
+            left = min(left, int(file.read_text()))
+    return left
 
 
 def _populate(mapping: weakref.ref[mmap.mmap], address: int) -> None:

@@ -38,7 +38,9 @@ class KVPool:
         try:
             self.tensor = _zeros(size, device).view(getattr(torch, layout.dtype)).view(shape)
         except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
-            raise CapacityError(f"cannot allocate {n_chunks} chunks ({size} bytes) on {device}: {error}") from error
+            raise CapacityError(
+                f"a pool of {n_chunks:,} chunks ({size:,} bytes) does not fit on {device}, take a smaller one: {error}"
+            ) from error
         self.layout = layout
         self.n_chunks = n_chunks
         # numpy copies a chunk's tiles of a few KB by memcpy: a fifth faster than torch, whose loop is made for strides.
