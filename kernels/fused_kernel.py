@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections import namedtuple
 from functools import cache
-from pathlib import Path
-from zlib import crc32
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, njit
 
 from stemcache.kernels import vector_ops
+from stemcache.kernels.c_functions import c_function, edition
 from stemcache.kernels.fused_units import UNIT
 from stemcache.kernels.vector_ops import (
     KEYS_AT_ONCE,
@@ -262,10 +261,10 @@ def _merge(job, i, own):
 def compiled():
     """The C functions `void attend_units(JOB *)` and `void merge_rows(JOB *)`: compiled once a machine, as numba keeps
     them on disk until this file or that of the vector instructions changes."""
-    edition = crc32(Path(vector_ops.__file__).read_bytes())  # numba looks at a function's own file and closure only
+    text = edition(vector_ops)
 
     def attend_units(jobs):
-        _ = edition
+        _ = text
         job = carray(jobs, 1)[0]
         units = carray(memory(job.units), (job.n_units,), UNIT)
         own = _scratch(job)
@@ -276,7 +275,7 @@ def compiled():
             _attend(job, units[i // job.kv_heads], i % job.kv_heads, own)
 
     def merge_rows(jobs):
-        _ = edition
+        _ = text
         job = carray(jobs, 1)[0]
         own = _scratch(job)
         while True:
@@ -285,9 +284,4 @@ def compiled():
                 break
             _merge(job, i, own)
 
-    signature = types.void(types.CPointer(from_dtype(JOB)))
-    both = attend_units, merge_rows
-    try:
-        return [cfunc(signature, cache=True, error_model="numpy")(function) for function in both]
-    except RuntimeError:  # no folder to keep them in: neither beside this file nor in the user's cache
-        return [cfunc(signature, error_model="numpy")(function) for function in both]
+    return c_function(JOB, attend_units), c_function(JOB, merge_rows)

@@ -9,14 +9,14 @@ float32, always over the inputs in their order.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
-from zlib import crc32
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, njit
 
 from stemcache.kernels import product_ops, vector_ops
+from stemcache.kernels.c_functions import c_function, edition
 from stemcache.kernels.product_ops import ROWS_AT_ONCE, address_of, columns_of_32, columns_of_64, dots
+from stemcache.kernels.products import PANEL
 from stemcache.kernels.vector_ops import LANES, take_number
 
 JOB = np.dtype(
@@ -27,69 +27,49 @@ JOB = np.dtype(
 where the weight is plain. parts: ranges that the columns are cut into. block: rows at a time. taken: 0."""
 _TAKEN = JOB.fields["taken"][1]
 
-one_of_64, two_of_64, three_of_64, four_of_64 = columns_of_64
-one_of_32, two_of_32, three_of_32, four_of_32 = columns_of_32
-one_dot, two_dots, three_dots, four_dots = dots
+
+def _by_rows(functions):
+    """One function for one to four rows."""
+    one, two, three, four = functions
+
+    @njit
+    def function(rows, hidden, stride, weights, count, bias, out, out_stride):
+        if rows == 4:
+            four(hidden, stride, weights, count, bias, out, out_stride)
+        elif rows == 3:
+            three(hidden, stride, weights, count, bias, out, out_stride)
+        elif rows == 2:
+            two(hidden, stride, weights, count, bias, out, out_stride)
+        else:
+            one(hidden, stride, weights, count, bias, out, out_stride)
+
+    return function
 
 
-@njit
-def _of_64(rows, hidden, weights, inputs, bias, out, stride):
-    if rows == 4:
-        four_of_64(hidden, 2 * inputs, weights, inputs // 2, bias, out, stride)
-    elif rows == 3:
-        three_of_64(hidden, 2 * inputs, weights, inputs // 2, bias, out, stride)
-    elif rows == 2:
-        two_of_64(hidden, 2 * inputs, weights, inputs // 2, bias, out, stride)
-    else:
-        one_of_64(hidden, 2 * inputs, weights, inputs // 2, bias, out, stride)
-
-
-@njit
-def _of_32(rows, hidden, weights, inputs, bias, out, stride):
-    if rows == 4:
-        four_of_32(hidden, 2 * inputs, weights, inputs // 2, bias, out, stride)
-    elif rows == 3:
-        three_of_32(hidden, 2 * inputs, weights, inputs // 2, bias, out, stride)
-    elif rows == 2:
-        two_of_32(hidden, 2 * inputs, weights, inputs // 2, bias, out, stride)
-    else:
-        one_of_32(hidden, 2 * inputs, weights, inputs // 2, bias, out, stride)
-
-
-@njit
-def _of_16_plain(rows, hidden, weights, inputs, bias, out, stride):
-    vectors = inputs // (2 * LANES)
-    if rows == 4:
-        four_dots(hidden, weights, 2 * inputs, vectors, bias, out, stride)
-    elif rows == 3:
-        three_dots(hidden, weights, 2 * inputs, vectors, bias, out, stride)
-    elif rows == 2:
-        two_dots(hidden, weights, 2 * inputs, vectors, bias, out, stride)
-    else:
-        one_dot(hidden, weights, 2 * inputs, vectors, bias, out, stride)
+_of_64, _of_32, _of_16_plain = map(_by_rows, (columns_of_64, columns_of_32, dots))
 
 
 @njit
 def _multiply(job, first, last, column, end):
     """Rows [first, last) with columns [column, end), multiples of 32."""
-    inputs, stride = job.inputs, 2 * job.columns
+    inputs, stride, out_stride = job.inputs, 2 * job.inputs, 2 * job.columns
     while column < end:
-        in_panel = column % 64
+        in_panel = column % PANEL
         if job.panel_bytes:
-            columns, weights = min(64 - in_panel, end - column), column // 64 * job.panel_bytes + 4 * in_panel
+            columns, weights = min(PANEL - in_panel, end - column), column // PANEL * job.panel_bytes + 4 * in_panel
         else:
-            columns, weights = LANES, 2 * column * inputs
+            columns, weights = LANES, column * stride
         weights += job.weights
         bias = job.bias + 4 * column
         for row in range(first, last, ROWS_AT_ONCE):
             rows = min(ROWS_AT_ONCE, last - row)
-            hidden, out = job.hidden + 2 * row * inputs, job.out + row * stride + 2 * column
-            if columns == 64:
-                _of_64(rows, hidden, weights, inputs, bias, out, stride)
+            hidden, out = job.hidden + row * stride, job.out + row * out_stride + 2 * column
+            if columns == PANEL:
+                _of_64(rows, hidden, stride, weights, inputs // 2, bias, out, out_stride)
             elif columns == 32:
-                _of_32(rows, hidden, weights, inputs, bias, out, stride)
+                _of_32(rows, hidden, stride, weights, inputs // 2, bias, out, out_stride)
             else:
-                _of_16_plain(rows, hidden, weights, inputs, bias, out, stride)
+                _of_16_plain(rows, hidden, stride, weights, inputs // (2 * LANES), bias, out, out_stride)
         column += columns
 
 
@@ -97,10 +77,10 @@ def _multiply(job, first, last, column, end):
 def compiled():
     """The C function `void multiply(JOB *)`, which every thread of a team calls: compiled once a machine, as numba
     keeps it on disk until this file or those of the vector instructions change."""
-    edition = crc32(Path(vector_ops.__file__).read_bytes() + Path(product_ops.__file__).read_bytes())
+    text = edition(vector_ops, product_ops)
 
     def multiply(jobs):
-        _ = edition
+        _ = text
         job = carray(jobs, 1)[0]
         units, n_parts = job.columns // 32, job.parts * -(-job.n_rows // job.block)
         while True:
@@ -111,8 +91,4 @@ def compiled():
             begin, end = part * units // job.parts * 32, (part + 1) * units // job.parts * 32
             _multiply(job, first, min(first + job.block, job.n_rows), begin, end)
 
-    signature = types.void(types.CPointer(from_dtype(JOB)))
-    try:
-        return cfunc(signature, cache=True, error_model="numpy")(multiply)
-    except RuntimeError:  # no folder to keep it in: neither beside this file nor in the user's cache
-        return cfunc(signature, error_model="numpy")(multiply)
+    return c_function(JOB, multiply)

@@ -12,7 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from stemcache.kernels.vector_ops import FLOATS, HALF_BFLOATS, I32, I64, LANES, PAIRS, procedure
+from stemcache.kernels.products import PANEL
+from stemcache.kernels.vector_ops import FLOATS, I32, I64, LANES, PAIRS, procedure
 
 ROWS_AT_ONCE = 4
 """Rows of a block: with 4 vectors these are 16 sums."""
@@ -30,22 +31,15 @@ def _columns(rows, vectors):
     @intrinsic
     def function(context, hidden, hidden_stride, weights, pairs, bias, out, out_stride):
         """out[row, d] = bias[d] + sum over pairs of hidden[row, pair] . weights[pair, d], rounded to bfloat16, for
-        16 * vectors columns d of a panel of 64."""
+        16 * vectors columns d of a panel."""
 
         def emit(e, hidden, hidden_stride, weights, pairs, bias, out, out_stride):
             start = [e.load(e.at(bias, v, 4 * LANES), FLOATS) for v in range(vectors)]
             totals = [[e.variable(value) for value in start] for _ in range(rows)]
-            with cgutils.for_range(e.builder, pairs) as loop:
-                at = e.add(weights, e.mul(loop.index, I64(4 * 64)))
-                own = [e.load(e.at(at, v, 4 * LANES), PAIRS) for v in range(vectors)]
-                column = e.add(hidden, e.mul(loop.index, I64(4)))
-                for i, of_row in enumerate(totals):
-                    pair = e.splat(e.load(e.at(column, i, hidden_stride), I32))
-                    for total, weight in zip(of_row, own, strict=True):
-                        e.add_products(total, weight, pair)
+            e.multiply(totals, pairs, hidden, I64(4), hidden_stride, weights, I64(4 * PANEL))
             for i, of_row in enumerate(totals):
                 for v, total in enumerate(of_row):
-                    _store_rounded(e, total, e.at(e.at(out, i, out_stride), v, 2 * LANES))
+                    e.store_rounded(e.builder.load(total), e.at(e.at(out, i, out_stride), v, 2 * LANES))
 
         return procedure(emit, hidden, hidden_stride, weights, pairs, bias, out, out_stride)
 
@@ -58,11 +52,11 @@ columns_of_32 = [_columns(rows, 2) for rows in range(1, ROWS_AT_ONCE + 1)]
 
 def _dots(rows):
     @intrinsic
-    def function(context, hidden, weights, stride, vectors, bias, out, out_stride):
+    def function(context, hidden, stride, weights, vectors, bias, out, out_stride):
         """out[row, n] = bias[n] + hidden[row] . weights[n], rounded to bfloat16, for 16 rows n of a plain weight; rows
         of both are 16 * vectors pairs, `stride` apart."""
 
-        def emit(e, hidden, weights, stride, vectors, bias, out, out_stride):
+        def emit(e, hidden, stride, weights, vectors, bias, out, out_stride):
             results = [e.variable(e.load(bias, FLOATS)) for _ in range(rows)]
             for first in range(0, LANES, WEIGHTS_AT_ONCE):
                 totals = [[e.variable(e.constant(0.0)) for _ in range(rows)] for _ in range(WEIGHTS_AT_ONCE)]
@@ -77,9 +71,9 @@ def _dots(rows):
                     for result, total in zip(results, of_weight, strict=True):
                         _add_to_lane(e, result, I32(first + n), _sum(e, e.builder.load(total)))
             for i, result in enumerate(results):
-                _store_rounded(e, result, e.at(out, i, out_stride))
+                e.store_rounded(e.builder.load(result), e.at(out, i, out_stride))
 
-        return procedure(emit, hidden, weights, stride, vectors, bias, out, out_stride)
+        return procedure(emit, hidden, stride, weights, vectors, bias, out, out_stride)
 
     return function
 
@@ -102,8 +96,3 @@ def _add_to_lane(e, variable, lane, value):
     vector = e.builder.load(variable)
     value = e.fadd(e.builder.extract_element(vector, lane), value)
     e.builder.store(e.builder.insert_element(vector, value, lane), variable)
-
-
-def _store_rounded(e, variable, address):
-    rounded = e.call("llvm.x86.avx512bf16.cvtneps2bf16.512", HALF_BFLOATS, e.builder.load(variable))
-    e.store(rounded, address)

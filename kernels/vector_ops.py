@@ -45,7 +45,7 @@ class _BFloat(ir.Type):
 
 FLOATS, PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 _ROW, _HALVES, _BFLOATS = (ir.VectorType(*of) for of in ((I16, LANES), (I16, 2 * LANES), (_BFloat(), 2 * LANES)))
-HALF_BFLOATS = ir.VectorType(_BFloat(), LANES)
+_HALF_BFLOATS = ir.VectorType(_BFloat(), LANES)
 _INTERLEAVED = ir.Constant(ir.VectorType(I32, 2 * LANES), [lane + half for lane in range(LANES) for half in (0, LANES)])
 
 
@@ -104,6 +104,22 @@ class Emitter:
             self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, self.builder.load(total), pairs, others), total
         )
 
+    def multiply(self, totals, pairs, singles, step, singles_stride, vectors, stride):
+        """totals[i][v] += sum over pairs of singles[pair, i] . vectors[pair, v]: pairs of the one lie `step` apart and
+        its i `singles_stride`, pairs of the other `stride` and its v a vector."""
+        with cgutils.for_range(self.builder, pairs) as loop:
+            row = self.add(vectors, self.mul(loop.index, stride))
+            own = [self.load(self.at(row, v, 4 * LANES), PAIRS) for v in range(len(totals[0]))]
+            column = self.add(singles, self.mul(loop.index, step))
+            for i, of_single in enumerate(totals):
+                pair = self.splat(self.load(self.at(column, i, singles_stride), I32))
+                for total, vector in zip(of_single, own, strict=True):
+                    self.add_products(total, vector, pair)
+
+    def store_rounded(self, value, address):
+        """16 floats as bfloat16."""
+        self.store(self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", _HALF_BFLOATS, value), address)
+
     def exp2(self, x):
         """2 ** x for x <= 0, to 3e-6 (the Taylor polynomial of degree 5 on [-1/2, 1/2]); 0 below -200."""
         x = self.larger(x, self.constant(-200.0))
@@ -150,14 +166,7 @@ def _scores(vectors):
 
         def emit(e, queries, queries_stride, keys, keys_stride, pairs, scores, scores_stride):
             totals = [[e.variable(e.constant(0.0)) for _ in range(vectors)] for _ in range(KEYS_AT_ONCE)]
-            with cgutils.for_range(e.builder, pairs) as loop:
-                row = e.add(queries, e.mul(loop.index, queries_stride))
-                own = [e.load(e.at(row, v, 4 * LANES), PAIRS) for v in range(vectors)]
-                column = e.add(keys, e.mul(loop.index, I64(4)))
-                for i, of_key in enumerate(totals):
-                    pair = e.splat(e.load(e.at(column, i, keys_stride), I32))
-                    for total, query in zip(of_key, own, strict=True):
-                        e.add_products(total, query, pair)
+            e.multiply(totals, pairs, keys, I64(4), keys_stride, queries, queries_stride)
             for i, of_key in enumerate(totals):
                 for v, total in enumerate(of_key):
                     e.store(e.builder.load(total), e.at(e.at(scores, i, scores_stride), v, 4 * LANES))
@@ -183,14 +192,7 @@ def _outputs(vectors):
             for i, of_row in enumerate(places):
                 factor = e.splat(e.load(e.at(factors, i, 4), F32))
                 totals.append([e.variable(e.fmul(e.load(place, FLOATS), factor)) for place in of_row])
-            with cgutils.for_range(e.builder, pairs) as loop:
-                row = e.add(values, e.mul(loop.index, values_stride))
-                own = [e.load(e.at(row, v, 4 * LANES), PAIRS) for v in range(vectors)]
-                column = e.add(weights, e.mul(loop.index, weights_stride))
-                for i, of_row in enumerate(totals):
-                    pair = e.splat(e.load(e.at(column, i, 4), I32))
-                    for total, value in zip(of_row, own, strict=True):
-                        e.add_products(total, value, pair)
+            e.multiply(totals, pairs, weights, weights_stride, I64(4), values, values_stride)
             for of_place, of_row in zip(places, totals, strict=True):
                 for place, total in zip(of_place, of_row, strict=True):
                     e.store(e.builder.load(total), place)
@@ -266,7 +268,6 @@ def store_rounded(context, values, factor, out, blocks):
         factor = e.splat(factor)
         with cgutils.for_range(e.builder, blocks) as loop:
             scaled = e.fmul(e.load(e.add(values, e.mul(loop.index, I64(4 * LANES))), FLOATS), factor)
-            rounded = e.call("llvm.x86.avx512bf16.cvtneps2bf16.512", HALF_BFLOATS, scaled)
-            e.store(rounded, e.add(out, e.mul(loop.index, I64(2 * LANES))))
+            e.store_rounded(scaled, e.add(out, e.mul(loop.index, I64(2 * LANES))))
 
     return procedure(emit, values, factor, out, blocks)

@@ -31,7 +31,7 @@ SMALL = 64 << 20
 _MEMINFO = Path("/proc/meminfo")
 _LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Of the control group (a container's), versions 2 and 1; where there is none, no such number is in them."""
-_POPULATE_WRITE = 23  # linux/mman.h; Python's mmap names it from 3.13 on only if its headers did
+_POPULATE_WRITE = 23  # linux/mman.h
 
 
 def zeroed(n_bytes: int) -> torch.Tensor:
