@@ -21,6 +21,7 @@ from stemcache.api.recent import RecentRequests
 from stemcache.api.watched_stream import WatchedStream
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.sampling import SamplingParams
+from stemcache.prefixtree.expected import NOTHING
 
 if TYPE_CHECKING:
     from stemcache.api.keys import Tenant
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from stemcache.engine.engine import Engine
     from stemcache.engine.stream import Stream
     from stemcache.engine.tentative import Tentative
+    from stemcache.prefixtree.expected import Expected
+    from stemcache.ragcache.preparation import Prepared
 
 _AFTER_ALL_OTHERS = 1 << 62  # a priority that no request has
 
@@ -109,11 +112,12 @@ class Admission:
         params: SamplingParams,
         *,
         blend: Blend | None = None,
+        expected: Expected = NOTHING,
         submitted: Stream | None = None,
     ) -> WatchedStream:
         """Submit one prompt of an admitted request, unless it was. Raises what `Engine.submit` raises."""
         context, tenant = current(), admitted.tenant
-        stream = submitted or self._submit(admitted, prompt, params, blend=blend)
+        stream = submitted or self._submit(admitted, prompt, params, blend=blend, expected=expected)
         watched = WatchedStream(stream, context, self._metrics, self._limits.seconds, lambda it: self._end(tenant, it))
         watched.on_first_token = lambda seconds: self.recent.note(
             tenant.id, admitted.cache_salt, watched.usage, seconds
@@ -123,10 +127,10 @@ class Admission:
         return watched
 
     def submit_tentatively(
-        self, admitted: Admitted, prompt: Sequence[int], params: SamplingParams, tentative: Tentative
+        self, admitted: Admitted, prepared: Prepared, params: SamplingParams, tentative: Tentative
     ) -> Stream:
         """Submit a prompt of which it is not known yet whether it is the request's; from any thread."""
-        return self._submit(admitted, prompt, params, tentative=tentative)
+        return self._submit(admitted, prepared.tokens, params, expected=prepared.expected, tentative=tentative)
 
     def read(self, admitted: Admitted, prompt: Sequence[int]) -> None:
         """Have the engine read a prompt into the tenant's cache, after whatever the tenant waits for.
@@ -148,6 +152,7 @@ class Admission:
         params: SamplingParams,
         *,
         blend: Blend | None = None,
+        expected: Expected = NOTHING,
         tentative: Tentative | None = None,
     ) -> Stream:
         return self._engine.submit(
@@ -157,6 +162,7 @@ class Admission:
             cache_salt=admitted.cache_salt,
             priority=admitted.priority,
             blend=blend,
+            expected=expected,
             tentative=tentative,
         )
 
@@ -182,14 +188,15 @@ class Admitted:
         params: SamplingParams,
         *,
         blend: Blend | None = None,
+        expected: Expected = NOTHING,
         submitted: Stream | None = None,
     ) -> WatchedStream:
         """submitted: the prompt's stream, if it has one already. Raises what `Engine.submit` raises."""
-        return self.admission.submit(self, prompt, params, blend=blend, submitted=submitted)
+        return self.admission.submit(self, prompt, params, blend=blend, expected=expected, submitted=submitted)
 
-    def submit_tentatively(self, params: SamplingParams, prompt: Sequence[int], tentative: Tentative) -> Stream:
+    def submit_tentatively(self, params: SamplingParams, prepared: Prepared, tentative: Tentative) -> Stream:
         """From any thread. Raises what `Engine.submit` raises."""
-        return self.admission.submit_tentatively(self, prompt, params, tentative)
+        return self.admission.submit_tentatively(self, prepared, params, tentative)
 
     def read(self, prompt: Sequence[int]) -> None:
         """Have a prompt read into the cache; nobody waits for it. Raises what `Engine.submit` raises."""

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from stemcache.engine.outputs import Delta, FinishReason, TokenLogprob, Usage
 from stemcache.engine.sampling import SamplingParams
+from stemcache.prefixtree.expected import NOTHING
 
 if TYPE_CHECKING:
     from stemcache.api.admission import Admitted
     from stemcache.api.watched_stream import WatchedStream
     from stemcache.engine.blend import Blend
     from stemcache.engine.stream import Stream
+    from stemcache.prefixtree.expected import Expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Prompt:
 
     submitted: to be called when the engine has it. started: when it has been read, with what of it was found.
     blend: which parts of it may be moved there. stream: of its answer, where the engine has it already.
+    expected: how often its beginnings were asked for.
     """
 
     token_ids: list[int]
@@ -36,6 +39,7 @@ class Prompt:
     started: Callable[[Usage], None] | None = None
     blend: Blend | None = None
     stream: Stream | None = None
+    expected: Expected = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,10 @@ class Generation:
         streams: list[WatchedStream] = []
         try:
             for prompt in prompts:
-                streams.append(admitted.submit(prompt.token_ids, params, blend=prompt.blend, submitted=prompt.stream))
+                stream = admitted.submit(
+                    prompt.token_ids, params, blend=prompt.blend, expected=prompt.expected, submitted=prompt.stream
+                )
+                streams.append(stream)
                 streams[-1].on_start = prompt.started
                 if prompt.submitted is not None:
                     prompt.submitted()

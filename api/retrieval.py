@@ -67,6 +67,7 @@ class Retrieval:
             started=lambda usage: self._started(prepared, usage),
             blend=prepared.blend,
             stream=prepared.stream,
+            expected=prepared.expected,
         )
         return ChatPrompt(prompt, prepared)
 

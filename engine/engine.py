@@ -49,6 +49,7 @@ from stemcache.engine.sequence import Request
 from stemcache.engine.stream import Stream
 from stemcache.engine.tentative import Tentative
 from stemcache.engine.token_rules import TokenRules
+from stemcache.prefixtree.expected import NOTHING, Expected
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import StoreStats
@@ -204,6 +205,7 @@ class Engine:
         priority: int = 0,
         blend: Blend | None = None,
         tentative: Tentative | None = None,
+        expected: Expected = NOTHING,
     ) -> Stream:
         """Queue a prompt of token ids and return the stream of its deltas.
 
@@ -212,6 +214,7 @@ class Engine:
         priority: which of a tenant's waiting requests goes first, the smallest.
         blend: passages of the prompt that may be moved to their places if they were read alone. Not exact.
         tentative: compute it only while there is nothing else to do; its stream is good once it was kept.
+        expected: how often the prompt's beginnings were asked for elsewhere: what `pgdsf` keeps follows it a little.
         Raises InvalidRequestError, ContextLengthError, EngineClosedError, and BlendRefusedError as `require_movable`.
         """
         params = params or SamplingParams()
@@ -230,7 +233,7 @@ class Engine:
             stream.prompt_logprobs.append(None)  # the first token's: nothing stands before it
         namespace = self.namespace(tenant, cache_salt)
         request = Request(
-            list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar, blend, tentative
+            list(prompt), params, namespace, room, stream, tenant, priority, rules, grammar, blend, tentative, expected
         )
         self._salts.note(tenant, cache_salt)
         self._loop.submit(request)

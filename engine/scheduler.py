@@ -170,6 +170,7 @@ class Scheduler:
         if mover is not None:
             mover.touch(request)  # so that making room for the sequence evicts others first
         lease = self._store.acquire(sequence.tokens[: sequence.first_logits], request.namespace)
+        lease.expected = request.expected
         try:
             lease.reserve(len(sequence.tokens))
         except CapacityError:

@@ -19,6 +19,7 @@ from stemcache.engine.sampling import SamplingParams
 from stemcache.engine.stream import Stream
 from stemcache.engine.tentative import Tentative
 from stemcache.engine.token_rules import TokenRules
+from stemcache.prefixtree.expected import NOTHING, Expected
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import Lease
 
@@ -31,7 +32,7 @@ class Request:
 
     `tenant` is whom its tokens are charged to, and `priority` its rank within that tenant, the smallest first. `blend`
     says which of its tokens may be moved to their places, and `moved` which ones were when it first started.
-    `tentative` where it may be that nobody wants it.
+    `tentative` where it may be that nobody wants it. `expected` is for the eviction policy.
     """
 
     prompt: list[int]
@@ -45,6 +46,7 @@ class Request:
     grammar: CompiledGrammar | None = None
     blend: Blend | None = None
     tentative: Tentative | None = None
+    expected: Expected = NOTHING
     arrival: int = field(default_factory=lambda: next(_arrivals))
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None

@@ -22,8 +22,11 @@ class EvictionPolicy(Protocol):
     object serves one tree: each tier has its own, and so its own clock.
     """
 
-    def insert(self, node: Node) -> float:
-        """Return the priority of a node that has just joined the tree. `touch` follows, at it or further down."""
+    def insert(self, node: Node, expected: float) -> float:
+        """Return the priority of a node that has just joined the tree. `touch` follows, at it or further down.
+
+        `expected`: what `Expected` says of it, 0 if nothing.
+        """
         ...
 
     def touch(self, node: Node, uses: int) -> float:
@@ -49,12 +52,12 @@ class LRU:
     def __init__(self) -> None:
         self._now = 0
 
-    def insert(self, node: Node) -> float:
+    def insert(self, node: Node, expected: float) -> float:
         self._now += 1
         return float(self._now)  # exact up to 2**53 touches, centuries of them
 
     def touch(self, node: Node, uses: int) -> float:
-        return self.insert(node)
+        return self.insert(node, 0.0)
 
     def inherit(self, parent: Node, child: Node) -> float:
         return max(parent.priority, child.priority)
@@ -72,15 +75,16 @@ class LFU:
     Here for comparison. It never forgets, so what was popular once stays: under drift it loses to LRU.
     """
 
-    def insert(self, node: Node) -> float:
+    def insert(self, node: Node, expected: float) -> float:
         return 0.0
 
     def touch(self, node: Node, uses: int) -> float:
         node.uses += uses
-        return float(node.uses)
+        return node.uses
 
     def inherit(self, parent: Node, child: Node) -> float:
-        return self.touch(parent, child.uses)
+        parent.uses += child.uses
+        return parent.uses
 
     def evict(self, node: Node) -> None:
         pass

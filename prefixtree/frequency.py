@@ -31,6 +31,9 @@ class FrequencySketch:
             times as many, keys that were never added begin to have an estimate above 0.
         half_life: the total of the counts added until an earlier one is worth half.
 
+    Attributes:
+        age: how many half-lives have passed, so that who keeps counts elsewhere can fade them alike.
+
     Raises:
         ValueError: `n_keys` or `half_life` is not positive.
     """
@@ -41,8 +44,10 @@ class FrequencySketch:
         width = 1 << (4 * n_keys - 1).bit_length()
         self._mask = width - 1
         self._rows = tuple(array("f", bytes(4 * width)) for _ in range(4))
+        self._half_life = half_life
         self._growth = 2.0 ** (1.0 / half_life)
         self._scale = 1.0  # what a count of one is written as now
+        self.age = 0.0  # in half-lives: what was counted at an age of 2 is worth a quarter at 4
 
     def estimate(self, digest: bytes) -> float:
         """Return the faded count of a key; 0 for one that was never added, unless it collides. O(1)."""
@@ -59,6 +64,7 @@ class FrequencySketch:
             if row[place] < new:
                 row[place] = new
         self._scale *= self._growth**count
+        self.age += count / self._half_life
         if self._scale > _LARGEST_SCALE:
             self._rescale()
 

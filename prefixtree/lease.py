@@ -19,6 +19,7 @@ from typing import Self
 from stemcache.prefixtree.accounts import Lookup
 from stemcache.prefixtree.claims import Claim
 from stemcache.prefixtree.errors import CapacityError, StoreError
+from stemcache.prefixtree.expected import NOTHING
 from stemcache.prefixtree.ledger import Ledger
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.tokens import encode_tokens
@@ -30,6 +31,7 @@ class Lease:
     Attributes:
         cached_tokens: how many leading tokens need not be computed.
         lookup: what its prompt found; None for a fork and a pin, which nobody looked up.
+        expected: how often its prompt's prefixes were asked for, as far as its owner knows; for the eviction policy.
         written_tokens: how many tokens this lease computed and was the first to publish.
         slots: chunk ids in order, shared ones first. The caller reads it and never changes it; `commit` may replace an
             entry (the chunk turned out to exist already), `reserve` appends. Empty once released.
@@ -41,6 +43,7 @@ class Lease:
         live.add(self)
         self.cached_tokens = cached_tokens
         self.lookup: Lookup | None = None
+        self.expected = NOTHING
         self.written_tokens = 0
         self.slots = node.path_slots() + tail
         self._ledger = ledger
@@ -203,11 +206,11 @@ class Lease:
 
     def _publish(self, chunks: bytes) -> None:
         """Move the first private chunks, whose tokens are `chunks`, to the shared part."""
+        size = self._ledger.tree.chunk_tokens
         for key in self._ledger.tree.keys_of(chunks):
             parent, slot = self._node, self.slots[self._node.depth]
-            self._node = self._ledger.publish(parent, key, slot)
+            self._node = self._ledger.publish(parent, key, slot, self.expected.of((parent.depth + 1) * size))
             if self._node.slot == slot:  # not found to exist already
-                size = self._ledger.tree.chunk_tokens
                 self.written_tokens += size - max(0, self.cached_tokens - parent.depth * size)
             self.slots[parent.depth] = self._node.slot
             self._ledger.tree.unpin(parent)

@@ -139,7 +139,7 @@ class Ledger:
         self.private.difference_update(slots)
         self.slots.free(slots)
 
-    def publish(self, parent: Node, key: bytes, slot: int) -> Node:
+    def publish(self, parent: Node, key: bytes, slot: int, expected: float = 0.0) -> Node:
         """Make a private slot the cached chunk `key` below `parent`; return its node, pinned once for the caller.
 
         If that chunk is cached already, the private slot is freed and the older one, which others may use, is returned.
@@ -151,7 +151,7 @@ class Ledger:
             self.counters.deduplicated_chunks += 1
             return known
         self.private.remove(slot)
-        node = self.tree.insert(parent, key, slot)
+        node = self.tree.insert(parent, key, slot, expected)
         self.claims.published(node)
         if self.watcher is not None:
             self.watcher.published(node)

@@ -79,7 +79,7 @@ class Node:
         self.used = 0.0
         self.root: Node = self if parent is None else parent.root
         self.n_chunks = 0
-        self.uses = 0
+        self.uses = 0.0
         self.history = 0.0
         self.clock = 0.0
         self.is_cold = False

@@ -11,6 +11,8 @@ which attends to more, outlives a shallow one that is asked for as often.
 RAGCache's tree holds documents; here a document after those before it is a run of chunks with the same uses, which goes
 from its last chunk to its first. Its cost per token is averaged over the requests that missed the document; here it is
 that of the place, since a chunk's place says how much it attends to.
+
+Here to compare with: the engine's own `pgdsf` is `FadingPGDSF`.
 """
 
 from __future__ import annotations
@@ -37,25 +39,14 @@ class PGDSF:
         cost: what a token of a chunk costs to compute again, by its depth. Positive.
         history: remembers how often chunks that are gone were used, so that one which comes back is known. Without it
             the uses count from when the chunk was cached last, and a pool that turns over fast never learns much.
-        gate: let passers-by in only as far as there is room. A use counts from the second on, over all the time that
-            the history remembers; a chunk that comes for the first time is worth nothing until it is asked for again.
-            So it goes before anything that was, and, going, does not move the clock: a scan of new chunks pushes out
-            nothing but itself. (TinyLFU compares newcomer and victim instead, which a tree cannot do: the newcomer's
-            slots are taken before it is known, and its victims are the leaves of other paths.) RAGCache has no gate.
-
-    Raises:
-        ValueError: a gate without a history would let nothing in.
     """
 
-    def __init__(self, cost: Cost = same_cost, history: FrequencySketch | None = None, *, gate: bool = False) -> None:
-        if gate and history is None:
-            raise ValueError("a gate needs a history: what is not remembered always comes for the first time")
+    def __init__(self, cost: Cost = same_cost, history: FrequencySketch | None = None) -> None:
         self.clock = 0.0
         self._cost = cost
         self._history = history
-        self._free_uses = 1 if gate else 0
 
-    def insert(self, node: Node) -> float:
+    def insert(self, node: Node, expected: float) -> float:
         if self._history is not None:
             node.history = self._history.estimate(node.digest)
         return self.touch(node, 0)
@@ -80,5 +71,4 @@ class PGDSF:
             raise InvariantError(f"pgdsf: {node} has {node.uses} uses, clock {node.clock}, priority {node.priority}")
 
     def _priority(self, node: Node) -> float:
-        counted = max(0.0, node.history + node.uses - self._free_uses)
-        return node.clock + counted * self._cost(node.depth)
+        return node.clock + (node.history + node.uses) * self._cost(node.depth)

@@ -93,8 +93,10 @@ class PrefixTree:
         for at in range(begin, len(chunks) if end is None else end, self._key_bytes):
             yield chunks[at : at + self._key_bytes]
 
-    def insert(self, parent: Node, key: bytes, slot: int) -> Node:
+    def insert(self, parent: Node, key: bytes, slot: int, expected: float = 0.0) -> Node:
         """Add the chunk `key`, which lies in `slot`, below `parent`, and return its node, pinned once for the caller.
+
+        `expected`: how often it is known to have been asked for, though it was not here (`Expected`).
 
         Raises:
             ValueError: the key is not one chunk long, or the chunk is there already.
@@ -110,7 +112,7 @@ class PrefixTree:
         insort(parent.order, key)
         self._n_nodes += 1
         node.root.n_chunks += 1
-        node.priority = self._policy.insert(node)
+        node.priority = self._policy.insert(node, expected)
         node.used = time.monotonic()
         self.pin(node)
         return node

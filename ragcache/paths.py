@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 MAX_PATHS: Final = 4096
-_HALVE_AT: Final = 10_000
 
 Keys = tuple[int, ...]
 
@@ -39,7 +38,6 @@ class Paths:
         self._lock = threading.Lock()
         self._tokens: OrderedDict[tuple[bytes, Keys], tuple[_Prompt, int]] = OrderedDict()
         self._next: dict[tuple[bytes, Keys], set[int]] = {}
-        self._asked: Counter[int] = Counter()
 
     def remember(self, space: bytes, tokens: Sequence[int], keys: Sequence[int], stops: Sequence[int]) -> None:
         """A prompt was made with these documents, each of which ends at one of `stops`."""
@@ -61,19 +59,6 @@ class Paths:
             for space, path in [each for each, (prompt, _) in self._tokens.items() if not gone.isdisjoint(prompt.keys)]:
                 del self._tokens[space, path]
                 self._unlink(space, path)
-            for key in gone:
-                del self._asked[key]
-
-    def count(self, keys: Iterable[int]) -> None:
-        """These documents were asked for."""
-        with self._lock:
-            self._asked.update(keys)
-            if self._asked.total() > _HALVE_AT:  # what was popular long ago counts less and less
-                self._asked = Counter({key: n // 2 for key, n in self._asked.items() if n > 1})
-
-    def popularity(self, key: int) -> int:
-        """How often a document was asked for lately."""
-        return self._asked[key]
 
     def resident(self, space: bytes, head: Sequence[int], keys: Sequence[int], cached_of: CachedOf) -> dict[Keys, int]:
         """How many leading tokens are cached of each known path of some of these documents. One look at the cache."""

@@ -15,10 +15,12 @@ from stemcache.engine.cache import Cache
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import ContextLengthError, InvalidRequestError
 from stemcache.engine.stream import Stream
+from stemcache.prefixtree.expected import NOTHING, Expected
 from stemcache.prefixtree.explain import Explanation
 from stemcache.prefixtree.footprint import Footprint
 from stemcache.ragcache.catalogue import Filter
 from stemcache.ragcache.compose import Context, Message, Template, compose
+from stemcache.ragcache.demand import Demand
 from stemcache.ragcache.documents import Passage, Retrieved, content_hash
 from stemcache.ragcache.errors import NoDocumentsError
 from stemcache.ragcache.library import Library
@@ -77,6 +79,7 @@ class Prepared:
 
     epoch: the document store's when the preparation began.
     stream: of its answer, where it was submitted already; to be read or cancelled.
+    expected: how often its documents were asked for lately, to be submitted with it.
     marks, alone_marks: of its passages, by their keys: in the prompt, and where they are read alone to be moved.
     """
 
@@ -91,6 +94,7 @@ class Prepared:
     blend: Blend | None = None
     stream: Stream | None = None
     alone_marks: tuple[tuple[int, Footprint], ...] = ()
+    expected: Expected = NOTHING
 
     @property
     def all_marks(self) -> tuple[tuple[int, Footprint], ...]:
@@ -109,6 +113,7 @@ class Preparation:
     engine: Engine
     library: Library
     paths: Paths = field(default_factory=Paths)
+    demand: Demand = field(default_factory=Demand)
 
     def notes_on(self, space: Space, found: Sequence[Retrieved], wish: Wish) -> list[str]:
         """What to say of the passages that were found. Raises NoDocumentsError if there are none."""
@@ -125,6 +130,15 @@ class Preparation:
             Retrieved(self.library.catalogue.passage_like(space.owner, title, text) or _stranger(title, text))
             for title, text in documents
         ]
+
+    def asked_for(self, prepared: Prepared) -> None:
+        """Count the documents of a prompt that was asked for: once, however often it was composed."""
+        self.demand.count(prepared.space, [each.passage.key for each in prepared.retrieved])
+
+    def forget(self, keys: Sequence[int]) -> None:
+        """Passages that are no more leave what is remembered of prompts."""
+        self.paths.forget(keys)
+        self.demand.forget(keys)
 
     def compose(
         self,
@@ -165,6 +179,7 @@ class Preparation:
             tuple(self._marks(space, context, kept)),
             explanation,
             None if explanation is None else self._advice(context, explanation),
+            expected=self.demand.expected(space, keys, stops),
         )
 
     def _fitting(
@@ -207,7 +222,7 @@ class Preparation:
         ordered = cache_order(
             list(of),
             lambda keys: resident.get(tuple(keys), 0),
-            lambda key: float(self.paths.popularity(key)),
+            lambda key: self.demand.of(space, key),
             max_shift=wish.max_shift,
             min_gain=max(1, min(self.engine.chunk_tokens, shortest // 2)),
         )

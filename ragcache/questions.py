@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from stemcache.engine.blend import Blend
 from stemcache.engine.engine import Engine
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.outputs import Usage
@@ -83,7 +82,7 @@ class Questions:
         answer_tokens: int = 1,
         submit: Submit | None = None,
     ) -> Prepared:
-        """The prompt of a conversation, with documents for `question`. Submit `tokens` with `blend`, call `submitted`.
+        """The prompt of a conversation, with documents for `question`. Submit it, call `submitted`.
 
         submit: how to submit prompts with the documents found so far, as long as the search goes on. The result has a
             `stream` then, if one of them was right. Not used with `explain`, which is about what comes before.
@@ -132,7 +131,7 @@ class Questions:
     def submitted(self, prepared: Prepared) -> None:
         """To be called once a prepared prompt was submitted: a document may have been deleted in between."""
         self._documents.verify(prepared.epoch, prepared.space.owner, prepared.all_marks)
-        self._preparation.paths.forget(self._gone(prepared))
+        self._preparation.forget(list(self._gone(prepared)))
 
     def started(self, prepared: Prepared, usage: Usage) -> None:
         """To be called once a submitted prompt has been read, for `reuse`. One with deleted content is not counted."""
@@ -161,8 +160,8 @@ class Questions:
         if params.n != 1:
             raise InvalidRequestError("ask gives one answer: leave 'n' out", param="n")
 
-        def submit(tokens: Sequence[int], tentative: Tentative) -> Stream:
-            return self._submit(tokens, params, space, tentative)
+        def submit(prepared: Prepared, tentative: Tentative) -> Stream:
+            return self._submit(prepared, params, tentative)
 
         prepared = self.prepare(
             self._messages(question),
@@ -208,27 +207,26 @@ class Questions:
 
     def _removed(self, owner: str, document_id: str, keys: Sequence[int]) -> None:
         """Prompts are remembered here and there, and these hold the text."""
-        self._preparation.paths.forget(keys)
+        self._preparation.forget(keys)
         self._reuse.forget(owner, document_id, is_deleted=self._library.catalogue.find(owner, document_id) is None)
 
     def _asked_for(self, prepared: Prepared) -> Prepared:
-        self._preparation.paths.count(each.passage.key for each in prepared.retrieved)
+        self._preparation.asked_for(prepared)
         return prepared
 
-    def _submit(
-        self,
-        tokens: Sequence[int],
-        params: SamplingParams,
-        space: Space,
-        tentative: Tentative | None = None,
-        blend: Blend | None = None,
-    ) -> Stream:
+    def _submit(self, prepared: Prepared, params: SamplingParams, tentative: Tentative | None = None) -> Stream:
         return self.engine.submit(
-            tokens, params, tenant=space.tenant, cache_salt=space.cache_salt, tentative=tentative, blend=blend
+            prepared.tokens,
+            params,
+            tenant=prepared.space.tenant,
+            cache_salt=prepared.space.cache_salt,
+            tentative=tentative,
+            blend=prepared.blend,
+            expected=prepared.expected,
         )
 
     def _answer(self, prepared: Prepared, params: SamplingParams) -> Answer:
-        with prepared.stream or self._submit(prepared.tokens, params, prepared.space, blend=prepared.blend) as stream:
+        with prepared.stream or self._submit(prepared, params) as stream:
             self.submitted(prepared)
             deltas = list(stream)
         self.started(prepared, stream.usage)

@@ -6,20 +6,22 @@ release), so its hits are those of the engine. Only the tokens are made up: one 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Final
 
 from stemcache.engine.policies import history_for
 from stemcache.engine.turns import WINDOW, cache_first
 from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.eviction import LFU, LRU, EvictionPolicy
-from stemcache.prefixtree.frequency import FrequencySketch, digest_of
+from stemcache.prefixtree.fading_pgdsf import FadingPGDSF
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.pgdsf import PGDSF
 from stemcache.prefixtree.store import PrefixStore
+from stemcache.ragcache.demand import Demand
 from stemcache.ragcache.order import cache_order
 from stemcache.ragcache.simulate_trace import Trace, TraceError
 
@@ -94,14 +96,17 @@ class PerfectLFU(LFU):
     """LFU that counts everything since the trace began, in unbounded memory: hard to beat while nothing changes."""
 
     def __init__(self) -> None:
-        self._gone: Counter[bytes] = Counter()
+        self._gone: defaultdict[bytes, float] = defaultdict(float)
 
-    def insert(self, node: Node) -> float:
-        node.history = float(self._gone[node.digest])
+    def insert(self, node: Node, expected: float) -> float:
+        node.history = self._gone[node.digest]
         return self.touch(node, 0)
 
     def touch(self, node: Node, uses: int) -> float:
         return node.history + super().touch(node, uses)
+
+    def inherit(self, parent: Node, child: Node) -> float:
+        return parent.history + super().inherit(parent, child)
 
     def evict(self, node: Node) -> None:
         self._gone[node.digest] += node.uses
@@ -118,7 +123,7 @@ def make_policy(name: str, n_chunks: int, chunk_tokens: int) -> EvictionPolicy:
         "lfu": LFU,
         "perfect lfu": PerfectLFU,
         "pgdsf": lambda: PGDSF(cost, history_for(n_chunks)),
-        "pgdsf+gate": lambda: PGDSF(cost, history_for(n_chunks), gate=True),
+        "pgdsf+gate": lambda: FadingPGDSF(history_for(n_chunks), cost),
         "pgdsf-history": lambda: PGDSF(cost),
     }
     return policies[name]()
@@ -165,9 +170,7 @@ class Simulation:
         policy = make_policy(setup.policy, n_chunks, chunk_tokens)
         self.store = PrefixStore(n_chunks, GRAIN, _no_copy, policy)
         self.rates = HitRates()
-        n_documents = len(trace.lengths)
-        self._popularity = FrequencySketch(n_documents, 10.0 * n_documents)
-        self._digests = [digest_of(str(document)) for document in range(n_documents)]
+        self._demand = Demand()
 
     def run(self, on_request: Callable[[], object] = lambda: None) -> HitRates:
         """Serve all requests; `on_request` is called after each. Returns what was hit."""
@@ -176,8 +179,6 @@ class Simulation:
         while True:
             while len(backlog) < self._setup.backlog and (index := next(arriving, None)) is not None:
                 backlog.append(_Waiting(index))
-                for document in self._trace.requests[index]:
-                    self._popularity.add(self._digests[document])
             if not backlog:
                 return self.rates
             chosen = self._next(backlog)
@@ -199,9 +200,13 @@ class Simulation:
 
     def _serve(self, index: int) -> None:
         documents = self._ordered(self._trace.requests[index])
+        sizes = [self._prompts.sizes[document] for document in documents]
+        _, *stops = accumulate(sizes, initial=len(self._prompts.system))
+        expected = self._demand.expected(None, documents, stops)
+        self._demand.count(None, documents)
         tokens = self._prompts.of(documents) + self._prompts.question(index)
         with self.store.acquire(tokens, NAMESPACE) as lease:
-            sizes = [self._prompts.sizes[document] for document in documents]
+            lease.expected = expected
             try:
                 lease.reserve(len(tokens))
             except CapacityError:  # longer than the pool: nothing of it can be kept
@@ -216,7 +221,7 @@ class Simulation:
         return cache_order(
             documents,
             lambda path: self.store.match_tokens(self._prompts.of(path), NAMESPACE),
-            lambda document: self._popularity.estimate(self._digests[document]),
+            lambda document: self._demand.of(None, document),
             max_shift=self._setup.max_shift,
             min_gain=GRAIN,
         )

@@ -30,7 +30,7 @@ from stemcache.ragcache.preparation import Prepared, Space, Wish
 log = logging.getLogger(__name__)
 
 Compose = Callable[[Sequence[Retrieved]], Prepared]
-Submit = Callable[[Sequence[int], Tentative], Stream]
+Submit = Callable[[Prepared, Tentative], Stream]
 
 
 @dataclass(slots=True)
@@ -130,7 +130,7 @@ class Speculation:
             prepared = compose(found)
             gate.composed(time.perf_counter() - began)
             tentative = Tentative(step_tokens)
-            stream = submit(prepared.tokens, tentative)
+            stream = submit(prepared, tentative)
         except StemcacheError as error:  # what is found at last may do better, and if not, will say so
             log.debug("no speculation: %s", error)
             return None

@@ -105,7 +105,7 @@ class Warming:
             ) as stream:
                 self._documents.verify(epoch, space.owner, prepared.marks)
                 if epoch != self._documents.epoch:
-                    self._preparation.paths.forget([passage.key])
+                    self._preparation.forget([passage.key])
                 for _ in stream:
                     pass
             yield prepared

@@ -14,7 +14,7 @@ from stemcache.api.cli import _parser, main
 from stemcache.api.loading import load_engine
 from stemcache.api.server_process import ServerProcess, ServerStartError
 from stemcache.prefixtree.eviction import LRU
-from stemcache.prefixtree.pgdsf import PGDSF
+from stemcache.prefixtree.fading_pgdsf import FadingPGDSF
 
 
 def test_generate_prints_the_engines_text(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,9 +27,9 @@ def test_generate_prints_the_engines_text(engine: Engine, capsys: pytest.Capture
 
 def test_eviction_and_queue_reach_the_engine() -> None:
     for arguments, policy, by_cache in (
-        ([], PGDSF, True),
+        ([], FadingPGDSF, True),
         (["--eviction", "lru"], LRU, True),
-        (["--queue", "fcfs"], PGDSF, False),
+        (["--queue", "fcfs"], FadingPGDSF, False),
     ):
         with load_engine(_parser().parse_args(["serve", "--pool-bytes", "16MiB", *arguments])) as engine:
             assert type(engine._loop.store._ledger.tree._policy) is policy

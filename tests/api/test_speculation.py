@@ -17,6 +17,7 @@ from stemcache import Engine
 from stemcache.api.limits import Limits
 from stemcache.api.server import create_app
 from stemcache.engine.demo.facts import random_corpus
+from stemcache.prefixtree.expected import Expected
 from stemcache.ragcache.context_cache import ContextCache
 from stemcache.ragcache.documents import Document
 from stemcache.ragcache.gate import Gate
@@ -61,6 +62,30 @@ async def counters(client: httpx.AsyncClient) -> dict[str, float]:
         for sample in family.samples
         if sample.name.startswith("stemcache_speculation")
     }
+
+
+@pytest.mark.parametrize("speculates", [True, False])
+def test_the_engine_is_told_what_was_asked_for(
+    engine: Engine, documents: ContextCache, monkeypatch: pytest.MonkeyPatch, speculates: bool
+) -> None:
+    told: list[float] = []
+    submit = engine.submit
+
+    def submit_and_note(*args: Any, expected: Expected, **options: Any) -> Any:
+        told.append(round(expected.of(30)))
+        return submit(*args, expected=expected, **options)
+
+    async def ask() -> None:
+        async with connect(engine, documents) as client:
+            for _ in range(3):
+                (await client.post("/v1/chat/completions", json=body(QUESTIONS[0]))).raise_for_status()
+                asked.append(told[-1])
+
+    asked: list[float] = []
+    documents._speculates = speculates
+    monkeypatch.setattr(engine, "submit", submit_and_note)
+    asyncio.run(ask())
+    assert asked == [0, 1, 2]
 
 
 def test_answers_are_the_same_and_counted(engine: Engine, documents: ContextCache) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from stemcache.prefixtree.errors import InvariantError
 from stemcache.prefixtree.eviction import LFU, LRU, EvictionPolicy
+from stemcache.prefixtree.expected import Expected
+from stemcache.prefixtree.fading_pgdsf import LEAST_USES, FadingPGDSF
 from stemcache.prefixtree.frequency import FrequencySketch
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
@@ -64,28 +67,61 @@ class Model:
     def remembering(self, path: Path) -> float:
         return self.pgdsf(path) + self.history[path] * cost(len(path))
 
-    def gated(self, path: Path) -> float:
-        own = self.own(path)
-        counted = max(0, self.history[path] + len(own) - 1)
-        return max([self.born[path], *(clock for _, clock in own)]) + counted * cost(len(path))
-
     def evict(self, path: Path, priority: float) -> None:
         self.clock = max(self.clock, priority)
         self.gone[path] = self.gone.get(path, 0) + len(self.own(path))
         del self.since[path]
 
 
+HALF_LIFE = 15.0
+
+
+@dataclass
+class Fading(Model):
+    """Uses that fade: every use of a prefix counts, whenever it was, but for the one that each time brought it in."""
+
+    updated: dict[Path, float] = field(default_factory=dict)  # when a cached prefix was last a leaf that was ranked
+    ever: list[tuple[Path, float]] = field(default_factory=list)
+
+    def use(self, path: Path) -> None:
+        known = set(self.since)
+        super().use(path)
+        self.ever.append((path, self.clock))
+        for end in range(1, len(path) + 1):
+            if path[:end] not in known:
+                self.updated[path[:end]] = self.clock
+        self.updated[path] = self.clock
+
+    def faded(self, path: Path, uses: list[tuple[Path, float]], now: float) -> float:
+        return sum(2.0 ** (clock - now) for end, clock in uses if end[: len(path)] == path)
+
+    def fading(self, path: Path) -> float:
+        now = self.updated[path]
+        counted = self.faded(path, self.ever, now) - 2.0 ** (self.born[path] - now)
+        return now + math.log2(counted * cost(len(path))) if counted >= LEAST_USES * (1 - 1e-5) else -math.inf
+
+    def evict(self, path: Path, priority: float) -> None:
+        self.clock += self.faded(path, self.own(path), self.clock) / HALF_LIFE
+        self.gone[path] = self.gone.get(path, 0) + len(self.own(path))
+        del self.since[path]
+        self.updated[path[:-1]] = self.clock
+
+
 def path_of(node: Node) -> Path:
     return tuple(int.from_bytes(each.key, "big") for each in node.upward())[::-1]
 
 
-POLICIES: dict[str, tuple[Callable[[], EvictionPolicy], Callable[[Model, Path], float]]] = {
+def fading() -> FadingPGDSF:
+    return FadingPGDSF(FrequencySketch(1 << 10, HALF_LIFE), cost)
+
+
+POLICIES: dict[str, tuple[Callable[[], EvictionPolicy], Callable[..., float]]] = {
     "lru": (LRU, Model.lru),
     "lfu": (LFU, Model.lfu),
     "pgdsf": (lambda: PGDSF(cost), Model.pgdsf),
     # So wide that nothing collides, so patient that nothing fades: the history is then a plain count.
     "history": (lambda: PGDSF(cost, FrequencySketch(1 << 10, half_life=1e12)), Model.remembering),
-    "gated": (lambda: PGDSF(cost, FrequencySketch(1 << 10, half_life=1e12), gate=True), Model.gated),
+    "fading": (fading, Fading.fading),
 }
 
 
@@ -110,7 +146,7 @@ def use(tree: PrefixTree, path: Path) -> None:
 def test_the_least_worthy_leaf_goes(name: str, events: list[Path | int]) -> None:
     """A path is a request that uses it, a number so many evictions. Every priority is the plain model's."""
     make, rank = POLICIES[name]
-    model, tree = Model(), PrefixTree(1, make())
+    model, tree = Fading() if name == "fading" else Model(), PrefixTree(1, make())
     for event in events:
         if isinstance(event, tuple):
             model.use(event)
@@ -133,7 +169,7 @@ def test_the_least_worthy_leaf_goes(name: str, events: list[Path | int]) -> None
 def test_long_histories(name: str) -> None:
     """Enough turnover that clocks move far and counts come back from the history."""
     make, rank = POLICIES[name]
-    random, model, tree = Random(3), Model(), PrefixTree(1, make())
+    random, model, tree = Random(3), Fading() if name == "fading" else Model(), PrefixTree(1, make())
     for _ in range(400):
         path = tuple(min(int(random.paretovariate(1.0)), 9) for _ in range(random.randint(1, 3)))
         model.use(path)
@@ -148,7 +184,7 @@ def test_long_histories(name: str) -> None:
     assert name in ("lru", "lfu") or model.clock > 0
 
 
-@pytest.mark.parametrize(("name", "survives"), [("lru", False), ("lfu", True), ("pgdsf", False), ("gated", True)])
+@pytest.mark.parametrize(("name", "survives"), [("lru", False), ("lfu", True), ("pgdsf", False), ("fading", True)])
 def test_a_scan(name: str, survives: bool) -> None:
     """A document asked for four times, then forty that are asked for once each, with room for ten.
 
@@ -163,7 +199,7 @@ def test_a_scan(name: str, survives: bool) -> None:
     assert (tree.match(SPACE, encode_tokens([7])).tokens == 1) is survives
 
 
-@pytest.mark.parametrize(("name", "recovers"), [("lru", True), ("lfu", False), ("pgdsf", True), ("gated", True)])
+@pytest.mark.parametrize(("name", "recovers"), [("lru", True), ("lfu", False), ("pgdsf", True), ("fading", True)])
 def test_drift(name: str, recovers: bool) -> None:
     """Ten documents asked for often, then ten others, with room for ten. LFU never lets go of the first."""
     tree = PrefixTree(1, POLICIES[name][0]())
@@ -174,9 +210,71 @@ def test_drift(name: str, recovers: bool) -> None:
     assert (found == 10) is recovers
 
 
-def test_a_gate_needs_a_history() -> None:
-    with pytest.raises(ValueError, match="needs a history"):
-        PGDSF(gate=True)
+def test_old_fame_fades() -> None:
+    """What was asked for a hundred times long ago goes before what is asked for now and then."""
+    tree = PrefixTree(1, fading())
+    for _ in range(100):
+        use(tree, (7,))
+    for stranger in range(100, 280):
+        use(tree, (stranger,))
+        if stranger % 20 == 0:
+            use(tree, (8,))
+        tree.evict(len(tree) - 10)
+    found = tree.match(SPACE, encode_tokens([7])).tokens, tree.match(SPACE, encode_tokens([8])).tokens
+    assert found == (1, 1), "passers-by leave both alone"
+    assert [path_of(node) for node in tree.evict(10)][-2:] == [(7,), (8,)]
+
+
+def test_what_runs_for_long_is_no_better_than_other_passers_by() -> None:
+    """Uses fade between the moment a chunk is read and the end of its request; the gate takes back all of the first."""
+    tree = PrefixTree(1, fading())
+    long = tree.insert(tree.match(SPACE, b"").node, encode_tokens([1]), 0)
+    use(tree, (2,))
+    tree.evict(1)
+    use(tree, (3,))
+    tree.touch(long)
+    tree.unpin(long)
+    use(tree, (4,))
+    assert [path_of(node) for node in tree.evict(3)] == [(3,), (1,), (4,)], "all are worth nothing: the oldest first"
+
+
+def test_what_is_expected_outlives_what_is_not() -> None:
+    """Newcomers go in the order of how often they were asked for elsewhere; one that is known by itself goes last."""
+    store = PrefixStore(8, 2, lambda source, target, n: None, FadingPGDSF(FrequencySketch(64, 1e9)))
+    for _ in range(2):
+        with store.acquire([9, 9], SPACE) as lease:
+            lease.reserve(2)
+            lease.commit([9, 9])
+    for token, uses in [(1, 4.0), (2, 0.0), (3, 8.0), (4, 1.0)]:
+        with store.acquire([token] * 6, SPACE) as lease:
+            lease.expected = Expected([(3, uses)])
+            lease.reserve(6)
+            lease.commit([token] * 4)
+    order: list[int] = []
+    while len(cached := {node.key[3] for node in store.chunks()}) > 0:
+        store._ledger.evict(1)
+        order += sorted(cached - {node.key[3] for node in store.chunks()})
+    assert order == [2, 4, 1, 9, 3], "a quarter of 1, of 4 and of 8, and one use that was seen"
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "wrong"),
+    [
+        ([(5, 1.0), (5, 2.0)], "ascend"),
+        ([(5, 1.0), (4, 2.0)], "ascend"),
+        ([(5, -1.0)], "finite"),
+        ([(5, math.inf)], "finite"),
+    ],
+)
+def test_expectations_that_cannot_be_are_refused(prefixes: list[tuple[int, float]], wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong):
+        Expected(prefixes)
+
+
+@given(st.dictionaries(st.integers(1, 50), st.floats(0, 9)), st.integers(1, 60))
+def test_a_prefix_has_the_expectation_of_the_first_that_it_is_part_of(given: dict[int, float], length: int) -> None:
+    at = min((stop for stop in given if stop >= length), default=None)
+    assert Expected(sorted(given.items())).of(length) == (0.0 if at is None else given[at])
 
 
 def test_dear_chunks_outlive_cheap_ones() -> None:
@@ -211,11 +309,11 @@ def test_a_chunk_that_is_read_in_part_is_not_used_twice() -> None:
     assert first.uses == 2
 
 
-@pytest.mark.parametrize("policy", [LRU(), LFU(), PGDSF()])
+@pytest.mark.parametrize("policy", [LRU(), LFU(), PGDSF(), fading()])
 def test_check_names_what_cannot_be(policy: EvictionPolicy) -> None:
     tree = PrefixTree(1, policy)
     use(tree, (1,))
     node = tree.match(SPACE, encode_tokens([1])).node
     node.uses, node.priority = -1, -1.0
-    with pytest.raises(InvariantError, match=type(policy).__name__.lower()):
+    with pytest.raises(InvariantError, match=type(policy).__name__.lower().replace("fading", "fading ")):
         tree.check()
