@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from stemcache.engine.cost import CostSurface
@@ -12,19 +13,19 @@ from stemcache.prefixtree.frequency import FrequencySketch
 EVICTIONS: Final = ("lru", "lfu", "pgdsf")
 QUEUES: Final = ("fcfs", "cache")
 
-# A use is worth half after four times as many chunks have come and gone as there is room for. In simulation (k=5 in
-# order of relevance, docs/policies.md) two hit 5 % fewer documents, seven 3 % more where nothing drifts; in `cache`
-# order under drift all three were within 1 %. After five half-lives little is left of a use; so many chunks must be
-# told apart, or passers-by are taken for old acquaintances: with room for as many chunks as the pool has 6.3 % of the
-# documents were hit, 7.5 % with four times as much, 7.9 with ten, 8.1 with twenty and with forty.
-HISTORY_TURNOVERS: Final = 4
-HALF_LIVES: Final = 5
+# A use is worth half after so many times as many chunks have come and gone as there is room for. Where nothing drifts
+# more is better, and for conversations, which end, less (docs/policies.md). After twenty turnovers little is left of a
+# use, and so many chunks must be told apart, or passers-by are taken for old acquaintances: in simulation (k=5, order
+# of relevance, a half-life of four turnovers) 6.3 % of the documents were hit with room for as many chunks as the pool
+# has, 7.5 % with four times as many, 7.9 with ten, 8.1 with twenty and with forty.
+HISTORY_TURNOVERS: Final = 2.5
+HALF_LIVES: Final = 8
 
 
 def history_for(n_chunks: int) -> FrequencySketch:
     """Return what PGDSF remembers of evicted chunks, for a pool of `n_chunks`: 1.3 to 2.5 KB for each."""
     half_life = HISTORY_TURNOVERS * n_chunks
-    return FrequencySketch(HALF_LIVES * half_life, half_life)
+    return FrequencySketch(math.ceil(HALF_LIVES * half_life), half_life)
 
 
 def eviction_policy(name: str, n_chunks: int, chunk_tokens: int, cost: CostSurface) -> EvictionPolicy:

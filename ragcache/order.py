@@ -5,7 +5,8 @@ where it stood. Retrieval put them in order of relevance, and models read the or
 
 Keys and values belong to a document after exactly those before it, so the same documents in another order are computed
 anew. The order chosen here walks down the tree of what is cached, as long as one of the documents goes on from where
-the walk is; the others follow by popularity, so that requests with some documents in common begin alike the next time.
+the walk is; the others follow by popularity, so that requests with some documents in common begin alike the next time:
+each is the one that was asked for most often together with the one before it, or most often at all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def cache_order(
     resident: Callable[[Sequence[Document]], int],
     popularity: Callable[[Document], float],
     *,
+    together: Callable[[Document, Document], float] = lambda one, other: 0.0,
     max_shift: int | None = None,
     min_gain: int = 1,
 ) -> list[Document]:
@@ -33,6 +35,7 @@ def cache_order(
         resident: called with some of the documents in some order; returns how many leading tokens of a prompt with
             exactly these documents are cached now. What stands before the documents may be counted or not.
         popularity: how often a document was asked for, in any unit. Decides between equals.
+        together: how often two documents were. Without it only popularity decides what follows.
         max_shift: how many places a document may be moved at most; None for any, 0 keeps the order.
         min_gain: tokens that a document must add to what is cached, to count as cached itself. Take a chunk's worth:
             all documents share the first few tokens with some other, by their markup.
@@ -53,7 +56,11 @@ def cache_order(
         candidates = _movable(left, len(ordered), shift)
         found = {rank: resident([*ordered, documents[rank]]) for rank in candidates} if walking else {}
         cached = [rank for rank, n_tokens in found.items() if n_tokens >= n_resident + min_gain]
-        chosen = max(cached or candidates, key=lambda rank: (popular[rank], -rank))
+        if cached or not ordered:
+            chosen = max(cached or candidates, key=lambda rank: (popular[rank], -rank))
+        else:
+            with_last = {rank: together(ordered[-1], documents[rank]) for rank in candidates}
+            chosen = max(candidates, key=lambda rank: (with_last[rank], popular[rank], -rank))
         walking = chosen in cached
         n_resident = found.get(chosen, n_resident)
         left.remove(chosen)

@@ -223,6 +223,7 @@ class Preparation:
             list(of),
             lambda keys: resident.get(tuple(keys), 0),
             lambda key: self.demand.of(space, key),
+            together=lambda one, other: self.demand.of(space, one, other),
             max_shift=wish.max_shift,
             min_gain=max(1, min(self.engine.chunk_tokens, shortest // 2)),
         )

@@ -17,6 +17,7 @@ from stemcache.engine.turns import WINDOW, cache_first
 from stemcache.prefixtree.errors import CapacityError
 from stemcache.prefixtree.eviction import LFU, LRU, EvictionPolicy
 from stemcache.prefixtree.fading_pgdsf import FadingPGDSF
+from stemcache.prefixtree.frequency import FrequencySketch
 from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.pgdsf import PGDSF
@@ -122,7 +123,7 @@ def make_policy(name: str, n_chunks: int, chunk_tokens: int) -> EvictionPolicy:
         "lru": LRU,
         "lfu": LFU,
         "perfect lfu": PerfectLFU,
-        "pgdsf": lambda: PGDSF(cost, history_for(n_chunks)),
+        "pgdsf": lambda: PGDSF(cost, FrequencySketch(40 * n_chunks, 10.0 * n_chunks)),  # hits less with `history_for`
         "pgdsf+gate": lambda: FadingPGDSF(history_for(n_chunks), cost),
         "pgdsf-history": lambda: PGDSF(cost),
     }
@@ -222,6 +223,7 @@ class Simulation:
             documents,
             lambda path: self.store.match_tokens(self._prompts.of(path), NAMESPACE),
             lambda document: self._demand.of(None, document),
+            together=lambda one, other: self._demand.of(None, one, other),
             max_shift=self._setup.max_shift,
             min_gain=GRAIN,
         )

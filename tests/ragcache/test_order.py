@@ -56,6 +56,20 @@ def test_a_popular_document_does_not_cut_the_walk_short() -> None:
     assert order("abc", ["bc"], popular="acbde") == "bca"
 
 
+def test_what_comes_together_stands_together() -> None:
+    """Where nothing is cached any more; the walk itself follows popularity."""
+
+    def together(one: str, other: str) -> float:
+        return {"bd": 2.0, "dc": 1.0}.get(one + other, 0.0)
+
+    def ordered(documents: str, cached: Sequence[str]) -> str:
+        return "".join(cache_order(list(documents), Tree(cached).resident, by_letter, together=together))
+
+    assert ordered("dcba", []) == "abdc"
+    assert ordered("dcba", ["b"]) == "bdca"
+    assert ordered("dcba", ["ba", "bd"]) == "bacd", "of what is cached the most popular, as it is found more often"
+
+
 def test_a_few_shared_tokens_are_no_document() -> None:
     """Every document begins with the same ten tokens here; only a whole chunk more counts."""
 
