@@ -10,7 +10,6 @@ jumps, small counts do not vanish by rounding, and no moment has to touch all co
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from struct import Struct
 from typing import Final
@@ -78,8 +77,3 @@ class FrequencySketch:
         for row in self._rows:  # a view: in plain Python the sketch of a large pool would take seconds
             np.frombuffer(row, dtype=np.float32)[:] /= self._scale
         self._scale = 1.0
-
-
-def digest_of(name: str | bytes) -> bytes:
-    """Return the digest to count a name under, such as a document's id."""
-    return hashlib.sha256(name.encode() if isinstance(name, str) else name).digest()

@@ -136,9 +136,10 @@ class Preparation:
         self.demand.count(prepared.space, [each.passage.key for each in prepared.retrieved])
 
     def forget(self, keys: Sequence[int]) -> None:
-        """Passages that are no more leave what is remembered of prompts."""
-        self.paths.forget(keys)
-        self.demand.forget(keys)
+        """Passages that are no more leave what is remembered of prompts. O(what is remembered), if there are any."""
+        if keys:
+            self.paths.forget(keys)
+            self.demand.forget(keys)
 
     def compose(
         self,

@@ -16,7 +16,7 @@ four. No fact is asked twice in one conversation: the second answer would be cop
 The model that ships was trained in several runs with `--resume`, while this recipe took its form: the first hours with
 values of their own kind, then an hour with mixed ones. Run in one piece, for 110 minutes on two cores of an AMD EPYC
 that had other work, which left it 5,400 steps, the recipe came to 97 % right with two documents and 84 % with eight
-(`benchmarks/answers.py`), where the one that ships has 99 %: accuracy still rose, so it wants more steps, not others.
+(`benchmarks/answers.py`), where the one that ships has 99 %. Accuracy was still rising.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,13 @@ import pytest
 from stemcache import Engine, SamplingParams
 from stemcache.engine.cost import CostSurface
 from stemcache.engine.policies import EVICTIONS, eviction_policy, history_for
-from stemcache.prefixtree.frequency import digest_of
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
 CHUNK = 16
+
+
+def digest_of(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def document(number: int, n_tokens: int = 4 * CHUNK) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from random import Random
 
 import pytest
@@ -9,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stemcache.prefixtree.errors import InvariantError
-from stemcache.prefixtree.frequency import FrequencySketch, digest_of
+from stemcache.prefixtree.frequency import FrequencySketch
 
 SETTINGS = settings(max_examples=50, deadline=None, derandomize=True)
+
+
+def digest_of(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
 KEYS = [digest_of(f"key {i}") for i in range(20)]
 
 
