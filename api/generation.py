@@ -100,7 +100,7 @@ class Generation:
                     prompt.token_ids, params, blend=prompt.blend, expected=prompt.expected, submitted=prompt.stream
                 )
                 streams.append(stream)
-                streams[-1].on_start = prompt.started
+                stream.on_start = prompt.started
                 if prompt.submitted is not None:
                     prompt.submitted()
         except BaseException:

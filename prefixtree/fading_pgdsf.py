@@ -26,9 +26,9 @@ from stemcache.prefixtree.node import Node
 from stemcache.prefixtree.pgdsf import Cost, same_cost
 
 # What an expected use is worth beside one that was seen, and all of them together at most. The bound is for documents
-# that are asked for often, but with others that always come first. In simulation (docs/policies.md, three seeds) with
-# bounds of 0, 0.25, 0.5, 1 and none 16.7, 17.2, 17.3, 17.3 and 17.3 % of the documents are hit (k=5, drift, `cache`
-# order), and 57.3, 57.3, 57.2, 57.1 and 55.1 % of the tokens (questions to a context cache, pool 0.1, `cache` order).
+# that are asked for often, but with others that always come first. In simulation (three seeds, a half-life of four
+# turnovers) with bounds of 0, 0.25, 0.5, 1 and none 16.7, 17.2, 17.3, 17.3 and 17.3 % of the documents are hit (k=5,
+# drift, `cache` order), and 57.3, 57.3, 57.2, 57.1 and 55.1 % of the tokens (questions to a context cache, pool 0.1).
 EXPECTED_WEIGHT: Final = 0.25
 EXPECTED_MOST: Final = 0.5
 # So much of a use is none. The gate takes back a whole one at the moment a chunk is read, and it is counted when the

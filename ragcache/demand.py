@@ -17,7 +17,7 @@ from typing import Final
 
 from stemcache.prefixtree.expected import Expected
 
-HALF_LIFE: Final = 4_000  # in simulation 2,000 and 4,000 did as well as each other, 10,000 hit 0.4 % fewer documents
+HALF_LIFE: Final = 4_000  # in simulation 2,000 and 4,000 did as well, 10,000 hit 0.3 to 1 % fewer documents
 _PAIRED: Final = 16  # of more documents only the first are counted in pairs, of which there are 120 then
 _Group = tuple[Hashable, tuple[int, ...]]  # whose, and one document or two in ascending order
 _FADED: Final = 0.25

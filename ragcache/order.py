@@ -56,11 +56,8 @@ def cache_order(
         candidates = _movable(left, len(ordered), shift)
         found = {rank: resident([*ordered, documents[rank]]) for rank in candidates} if walking else {}
         cached = [rank for rank, n_tokens in found.items() if n_tokens >= n_resident + min_gain]
-        if cached or not ordered:
-            chosen = max(cached or candidates, key=lambda rank: (popular[rank], -rank))
-        else:
-            with_last = {rank: together(ordered[-1], documents[rank]) for rank in candidates}
-            chosen = max(candidates, key=lambda rank: (with_last[rank], popular[rank], -rank))
+        beside = {} if cached or not ordered else {rank: together(ordered[-1], documents[rank]) for rank in candidates}
+        chosen = max(cached or candidates, key=lambda rank: (beside.get(rank, 0.0), popular[rank], -rank))
         walking = chosen in cached
         n_resident = found.get(chosen, n_resident)
         left.remove(chosen)

@@ -39,8 +39,8 @@ class Setup:
     """One way to run a cache.
 
     Attributes:
-        policy: lru, lfu, perfect lfu, pgdsf, pgdsf+gate (the engine's `pgdsf`), or pgdsf-history (which forgets what it
-            evicts).
+        policy: lru, lfu, perfect lfu, pgdsf (as published, with a memory of what it evicted) or pgdsf+gate (the
+            engine's `pgdsf`).
         order: of documents, relevance or cache.
         queue: of requests, fcfs or cache.
         max_shift: how far the order `cache` may move a document; None for any.
@@ -125,7 +125,6 @@ def make_policy(name: str, n_chunks: int, chunk_tokens: int) -> EvictionPolicy:
         "perfect lfu": PerfectLFU,
         "pgdsf": lambda: PGDSF(cost, FrequencySketch(40 * n_chunks, 10.0 * n_chunks)),  # hits less with `history_for`
         "pgdsf+gate": lambda: FadingPGDSF(history_for(n_chunks), cost),
-        "pgdsf-history": lambda: PGDSF(cost),
     }
     return policies[name]()
 

@@ -12,6 +12,7 @@ import pytest
 from stemcache import Engine, SamplingParams
 from stemcache.engine.cost import CostSurface
 from stemcache.engine.policies import EVICTIONS, eviction_policy, history_for
+from stemcache.prefixtree.expected import Expected
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
 CHUNK = 16
@@ -58,6 +59,17 @@ def test_a_document_that_is_asked_for_often_survives_a_scan(
     for number in range(1, 12):
         list(engine.generate([[*document(number), 1]], ONE))
     assert (engine.cache.cached_tokens(document(0)) == 4 * CHUNK) is kept
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_what_is_expected_reaches_the_policy(llama_engine: Callable[..., Engine], known: int) -> None:
+    """Of two documents that were read once each, the one stays that was asked for elsewhere."""
+    engine = small_pool(llama_engine, 12)
+    for number in (1, 2):
+        expected = Expected([(4 * CHUNK, 8.0)] if number == known else [])
+        list(engine.submit([*document(number), 1], ONE, expected=expected))
+    list(engine.submit([*document(3), 1], ONE))
+    assert [engine.cache.cached_tokens(document(number)) == 4 * CHUNK for number in (1, 2)] == [known == 1, known == 2]
 
 
 def test_the_engine_learns_what_its_steps_cost(llama_engine: Callable[..., Engine]) -> None:

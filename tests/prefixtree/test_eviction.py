@@ -298,7 +298,7 @@ def test_a_request_that_could_not_start_is_no_use() -> None:
 
 def test_a_chunk_that_is_read_in_part_is_not_used_twice() -> None:
     """A request that diverges inside a chunk counts once for what is before it, and not for the chunk."""
-    store = PrefixStore(16, 2, lambda source, target, n: None, LFU())
+    store = PrefixStore(8, 2, lambda source, target, n: None, LFU())
     with store.acquire([1, 2, 3, 4], SPACE) as lease:
         lease.reserve(4)
         lease.commit([1, 2, 3, 4])

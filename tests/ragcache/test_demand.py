@@ -90,6 +90,15 @@ def test_the_engine_is_told(engine: Engine, cache_of, monkeypatch: pytest.Monkey
         assert [round(told[-1].of(tokens), 2) for tokens in (20, 10_000)] == [n, 0]
 
 
+def test_documents_follow_those_that_they_came_with(engine: Engine, cache_of) -> None:
+    cache, wish, messages = cache_of(), Wish(order="cache"), [{"role": "user", "content": "What is here?"}]
+    a, b, c = ((name, f"Here is {name}.") for name in ("a", "b", "c"))
+    for asked in [[a, c]] * 2 + [[a]] * 3 + [[b]] * 3:
+        cache.prepare_given(messages, asked, wish)
+    found = cache.prepare_given(messages, [b, c, a], wish).retrieved
+    assert [each.passage.title for each in found] == ["a", "c", "b"], "b alone was asked for more often than c"
+
+
 def test_another_tenants_questions_do_not_order_ones_documents(engine: Engine, cache_of) -> None:
     """Documents that are nobody's are told by their content, which two tenants may both have."""
     cache, given = cache_of(), [("first", "Here is one thing."), ("second", "Here is another thing.")]
