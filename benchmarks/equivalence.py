@@ -31,7 +31,7 @@ LONGEST_PROMPT = 96
 
 _COMMON: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
+    num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
     pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 _EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2)
@@ -52,14 +52,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def random_models(family: str, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
+def random_models(
+    family: str, *, dtype: torch.dtype = torch.float32, head_dim: int = 16
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Two models of a family with the same random weights: one to serve, one with transformers' own attention."""
     kind, extra = FAMILIES[family]
     config_class = getattr(transformers, kind)
     own_attention = "eager" if family in ("gemma2", "gpt_oss") else "sdpa"
     models = []
     for _ in range(2):
-        config = config_class(**{**_COMMON, **extra})
+        config = config_class(**{**_COMMON, **extra, "head_dim": head_dim})
         config._attn_implementation = own_attention
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own_attention)
@@ -192,13 +194,13 @@ def _choices(stream: Stream) -> dict[int, list[int]]:
 
 
 @torch.inference_mode()
-def bfloat16_errors(family: str, *, prompts: int) -> tuple[float, list[float]]:
+def bfloat16_errors(family: str, *, prompts: int, head_dim: int = 16) -> tuple[float, list[float]]:
     """Root mean square errors of bfloat16 logits against float32 on the same weights: ours, and transformers' own.
 
     Ours are those of cached, chunked and batched steps; transformers' those of one forward pass, of a batch padded on
     the left, and of a prefill in two parts with its cache.
     """
-    served, own = random_models(family, dtype=torch.bfloat16)
+    served, own = random_models(family, dtype=torch.bfloat16, head_dim=head_dim)
     exact = copy.deepcopy(own).float()
     rng = random.Random(0)
     texts = random_prompts(rng, prompts)

@@ -5,7 +5,7 @@ Invariant: every argument that a model passes to its attention is honoured or re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -26,12 +26,46 @@ _IMMATERIAL = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What a layer asks of its attention besides rows; meaning as in `kernels.attention.attend`."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepContext:
     """What one forward pass hands to its attention layers through the model's keyword arguments."""
 
     plan: AttentionPlan
     pool: KVPool
     backend: Backend
+
+    def attend(self, layer: int, query: Tensor, options: AttentionOptions) -> Tensor:
+        """Attention of a layer, whose keys are in the pool. query and result: [T, q_heads, head_dim]."""
+        return attend(
+            query,
+            self.pool.layer(layer),
+            self.plan,
+            scale=options.scale,
+            window=options.window,
+            softcap=options.softcap,
+            sinks=options.sinks,
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ListeningStep(StepContext):
+    """One that keeps what it was asked for."""
+
+    heard: list[AttentionOptions] = field(default_factory=list)
+
+    def attend(self, layer: int, query: Tensor, options: AttentionOptions) -> Tensor:
+        self.heard.append(options)
+        return StepContext.attend(self, layer, query, options)  # super() knows no class with slots
 
 
 def register() -> None:
@@ -65,16 +99,7 @@ def _attention(
             f"{type(module).__name__} asks its attention for {', '.join(refused) or 'a mask'}, which is not supported, "
             "so the model cannot be served exactly"
         )
-    pool_layer = step.pool.layer(int(module.layer_idx))  # type: ignore[arg-type]
-    append_kv(pool_layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.plan, backend=step.backend)
-    output = attend(
-        query[0].transpose(0, 1),
-        pool_layer,
-        step.plan,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        backend=step.backend,
-    )
-    return output[None], None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    append_kv(step.pool.layer(layer), key[0].transpose(0, 1), value[0].transpose(0, 1), step.plan, backend=step.backend)
+    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+    return step.attend(layer, query[0].transpose(0, 1), options)[None], None

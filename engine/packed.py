@@ -50,10 +50,10 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight if shared else None
         self.bias = linear.bias
-        self._compute = (_shared if shared else _packed)(linear.weight, linear.bias)
+        self.compute = (_shared if shared else _packed)(linear.weight, linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self._compute(hidden)
+        return self.compute(hidden)
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stemcache.engine.attention import StepContext
+from stemcache.engine.compiled_layers import trying_compiled
 from stemcache.engine.decode_graphs import DecodeGraphs
 from stemcache.engine.families import context_length, head_dim
 from stemcache.engine.freed_memory import give_back_freed_memory
@@ -29,6 +30,9 @@ from stemcache.prefixtree.pool import KVPool
 
 NEW_ROW_COUNTS = 64
 """Steps of so many different sizes, and what oneDNN left of making kernels for them (up to 200 MB) is given back."""
+
+PROBED = 8
+"""Tokens of a probe, at most those of the smallest chunk."""
 
 
 class ModelRunner:
@@ -69,7 +73,8 @@ class ModelRunner:
         on_triton = self._backend == "triton"
         self._sharing = gpu_sharing(group=self._q_heads // self.layout.kv_heads) if on_triton else None
         self.graphs = self._make_graphs(max_running) if on_triton else None
-        self.probe()
+        with trying_compiled(model):
+            self.probe()
         if self.graphs is not None:
             self.graphs.capture()
 
@@ -92,11 +97,12 @@ class ModelRunner:
         return self._run(rows, tokens, wanted)
 
     def probe(self) -> None:
-        """Run one token through the model, so that what it asks of its attention is refused now and not in a request.
+        """Run some tokens through the model, so that what it asks of its attention is refused now, not in a request.
 
         Writes to slot 0, which nobody holds yet. Raises ModelLoadError.
         """
-        self._run([SequenceRows(np.zeros(1, dtype=np.int32), 0, 1)], [0], [0])
+        tokens = [self.vocab_size * i // PROBED for i in range(PROBED)]
+        self._run([SequenceRows(np.zeros(1, dtype=np.int32), 0, PROBED)], tokens, [0])
 
     def read_alone(self, slots: Seq[int], positions: Seq[int]) -> None:
         """Read one token at several positions, each time as if nothing stood before it.

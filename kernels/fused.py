@@ -8,18 +8,20 @@ processors with AMX, whose tiles MKL does use: there the flash kernel stays (`ke
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from math import e, log2
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stemcache.kernels import openmp
 from stemcache.kernels.bfloat16_pairs import is_preferred
 from stemcache.kernels.fused_units import PACKED_ROWS, Units, cut
 from stemcache.kernels.plan import AttentionPlan
+from stemcache.kernels.stages import Stage, run_stages
 
 
 def serves(query: Tensor, *, scale: float, softcap: float | None) -> bool:
@@ -44,29 +46,75 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Shapes and meaning as in `kernels.attention.attend`, for what `serves` says yes to."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    logits = None if sinks is None else sinks.float() * log2(e)
+    rows = Rows(query.data_ptr(), 2 * query.stride(0), 2 * query.stride(1), query.shape[1])
+    threads = torch.get_num_threads()
+    sinks_at = 0 if logits is None else logits.data_ptr()
+    run_stages(
+        stages(rows, pool_layer, plan, out.data_ptr(), threads, scale=scale, window=window, sinks=sinks_at), threads
+    )
+    return out
+
+
+class AttentionJob(ctypes.Structure):
+    """A layer's work. query, pool, out, sinks (0: none), counters (int64[4], two for each function) and the arrays are
+    addresses, query_row, query_head, side (from keys to values) and head_side (from a KV head to the next) strides in
+    bytes. window: 0 if none. scale: log2(e) included."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("query", "query_row", "query_head", "pool", "side", "head_side")),
+        *((name, ctypes.c_int64) for name in ("out", "sinks", "kv_heads", "group", "head_dim", "chunk_tokens")),
+        *((name, ctypes.c_int64) for name in ("window", "counters", "scratch", "scratch_size", "width")),
+        *((name, ctypes.c_int64) for name in ("partials", "maxima", "sums", "n_units", "units", "rows")),
+        *((name, ctypes.c_int64) for name in ("positions", "chunks", "n_merged", "merged_rows", "merged_begin")),
+        ("merged_partials", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class Rows(NamedTuple):
+    """Where the queries are: address, bytes from a row to the next and from a head to the next, heads."""
+
+    address: int
+    row_stride: int
+    head_stride: int
+    heads: int
+
+
+def stages(
+    query: Rows,
+    pool_layer: Tensor,
+    plan: AttentionPlan,
+    out: int,
+    threads: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+) -> list[Stage]:
+    """The stages of `attend`. out: an address for bfloat16 [T, q_heads, head_dim]. sinks: 0, or the address of float32
+    [q_heads], times log2(e). A plan's stages are for one run at a time."""
     from stemcache.kernels.fused_kernel import compiled
 
     if window is not None and window > int(plan.positions.max()):
         window = None
-    kv_heads, group = pool_layer.shape[1], query.shape[1] // pool_layer.shape[1]
-    threads = torch.get_num_threads()
-    key = ("fused", window, group, kv_heads, query.shape[2], threads)
-    work = plan.derived(key, lambda: _Work.of(plan, window, group, kv_heads, query.shape[2], threads))
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    logits = None if sinks is None else sinks.float() * log2(e)
+    _, kv_heads, _, _, head_dim = pool_layer.shape
+    group = query.heads // kv_heads
+    key = ("fused", window, group, kv_heads, head_dim, threads)
+    work = plan.derived(key, lambda: _Work.of(plan, window, group, kv_heads, head_dim, threads))
     job = work.job
-    job["query"], job["pool"], job["out"] = query.data_ptr(), pool_layer.data_ptr(), out.data_ptr()
-    job["query_row"], job["query_head"] = query.stride(0) * 2, query.stride(1) * 2
-    job["side"], job["head_side"] = pool_layer.stride(0) * 2, pool_layer.stride(1) * 2
-    job["sinks"] = 0 if logits is None else logits.data_ptr()
-    job["scale"] = scale * log2(e)
+    job.query, job.query_row, job.query_head, _ = query
+    job.pool, job.out, job.sinks = pool_layer.data_ptr(), out, sinks
+    job.side, job.head_side = 2 * pool_layer.stride(0), 2 * pool_layer.stride(1)
+    job.scale = scale * log2(e)
     attend_units, merge_rows = compiled()
     work.counters[:] = 0
-    openmp.run(attend_units.address, job.ctypes.data, threads)
+    argument = ctypes.addressof(job)
+    found = [Stage(attend_units.address, argument, work)]
     if len(work.units.merged_rows):
-        work.counters[:] = 0
-        openmp.run(merge_rows.address, job.ctypes.data, threads)
-    return out
+        found.append(Stage(merge_rows.address, argument, work))
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +123,7 @@ class _Work:
 
     units: Units
     counters: NDArray[np.int64]
-    job: NDArray[np.void]
+    job: AttentionJob
     memory: tuple[Tensor, ...]  # what the job's addresses point to
     positions: NDArray[np.int64]
 
@@ -83,38 +131,36 @@ class _Work:
     def of(
         cls, plan: AttentionPlan, window: int | None, group: int, kv_heads: int, head_dim: int, threads: int
     ) -> _Work:
-        from stemcache.kernels.fused_kernel import JOB, scratch_size
+        from stemcache.kernels.fused_kernel import scratch_size
 
         units = cut(plan, window=window, group=group, kv_heads=kv_heads, threads=threads)
         width = -(-max(PACKED_ROWS, group) // 16) * 16
         size = -(-scratch_size(width, head_dim) // 64) * 64
         results = units.n_partials * kv_heads * group
         memory = torch.empty(threads * size, dtype=torch.uint8), torch.empty(results * (head_dim + 2))
-        counters = np.zeros(2, np.int64)
-        job = np.zeros(1, JOB)
+        counters = np.zeros(4, np.int64)
         partials = memory[1].data_ptr()
-        for name, value in {
-            "kv_heads": kv_heads,
-            "group": group,
-            "head_dim": head_dim,
-            "chunk_tokens": plan.chunk_tokens,
-            "window": window or 0,
-            "counters": counters.ctypes.data,
-            "scratch": memory[0].data_ptr(),
-            "scratch_size": size,
-            "width": width,
-            "partials": partials,
-            "maxima": partials + 4 * results * head_dim,
-            "sums": partials + 4 * results * (head_dim + 1),
-            "n_units": len(units.units),
-            "units": units.units.ctypes.data,
-            "rows": units.rows.ctypes.data,
-            "positions": plan.positions.ctypes.data,
-            "chunks": units.chunks.ctypes.data,
-            "n_merged": len(units.merged_rows),
-            "merged_rows": units.merged_rows.ctypes.data,
-            "merged_begin": units.merged_begin.ctypes.data,
-            "merged_partials": units.merged_partials.ctypes.data,
-        }.items():
-            job[name] = value
+        job = AttentionJob(
+            kv_heads=kv_heads,
+            group=group,
+            head_dim=head_dim,
+            chunk_tokens=plan.chunk_tokens,
+            window=window or 0,
+            counters=counters.ctypes.data,
+            scratch=memory[0].data_ptr(),
+            scratch_size=size,
+            width=width,
+            partials=partials,
+            maxima=partials + 4 * results * head_dim,
+            sums=partials + 4 * results * (head_dim + 1),
+            n_units=len(units.units),
+            units=units.units.ctypes.data,
+            rows=units.rows.ctypes.data,
+            positions=plan.positions.ctypes.data,
+            chunks=units.chunks.ctypes.data,
+            n_merged=len(units.merged_rows),
+            merged_rows=units.merged_rows.ctypes.data,
+            merged_begin=units.merged_begin.ctypes.data,
+            merged_partials=units.merged_partials.ctypes.data,
+        )
         return cls(units, counters, job, memory, plan.positions)

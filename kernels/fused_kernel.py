@@ -21,6 +21,7 @@ from numba import carray, njit
 
 from stemcache.kernels import vector_ops
 from stemcache.kernels.c_functions import c_function, edition
+from stemcache.kernels.fused import AttentionJob
 from stemcache.kernels.fused_units import UNIT
 from stemcache.kernels.vector_ops import (
     KEYS_AT_ONCE,
@@ -45,17 +46,7 @@ TILE = 64
 ROWS = 3 * LANES
 """Rows at a time."""
 
-JOB = np.dtype(
-    [(name, np.int64) for name in ("query", "query_row", "query_head", "pool", "side", "head_side", "out", "sinks")]
-    + [(name, np.int64) for name in ("kv_heads", "group", "head_dim", "chunk_tokens", "window")]
-    + [(name, np.int64) for name in ("counters", "scratch", "scratch_size", "width", "partials", "maxima", "sums")]
-    + [(name, np.int64) for name in ("n_units", "units", "rows", "positions", "chunks")]
-    + [(name, np.int64) for name in ("n_merged", "merged_rows", "merged_begin", "merged_partials")]
-    + [("scale", np.float64)]
-)
-"""A layer's work. query, pool, out, sinks (0: none), counters (int64[4]) and the arrays are addresses, query_row,
-query_head, side (from keys to values) and head_side (from a KV head to the next) strides in bytes. window: 0 if none.
-scale: log2(e) included."""
+JOB = np.dtype(AttentionJob)
 
 Scratch = namedtuple("Scratch", "queries outputs maxima sums low high factors scores weights values")
 
@@ -66,9 +57,9 @@ def scratch_size(width: int, head_dim: int) -> int:
 
 
 @njit
-def _scratch(job):
+def _scratch(job, counter):
     width = job.width
-    at = job.scratch + take_number(job.counters + 8) * job.scratch_size
+    at = job.scratch + take_number(counter) * job.scratch_size
     queries, at = at, at + 2 * width * job.head_dim
     outputs, at = at, at + 4 * width * job.head_dim
     maxima, sums, low, high, at = at, at + 4 * width, at + 8 * width, at + 12 * width, at + 16 * width
@@ -267,7 +258,7 @@ def compiled():
         _ = text
         job = carray(jobs, 1)[0]
         units = carray(memory(job.units), (job.n_units,), UNIT)
-        own = _scratch(job)
+        own = _scratch(job, job.counters + 8)
         while True:
             i = take_number(job.counters)
             if i >= job.n_units * job.kv_heads:
@@ -277,9 +268,9 @@ def compiled():
     def merge_rows(jobs):
         _ = text
         job = carray(jobs, 1)[0]
-        own = _scratch(job)
+        own = _scratch(job, job.counters + 24)
         while True:
-            i = take_number(job.counters)
+            i = take_number(job.counters + 16)
             if i >= job.n_merged:
                 break
             _merge(job, i, own)

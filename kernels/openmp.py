@@ -25,6 +25,15 @@ def run(function: int, argument: int, threads: int) -> None:
     parallel(function, argument, threads, 0)
 
 
+@cache
+def barrier() -> int:
+    """The address of `void f(void)`: called by all threads of a team, it returns when all have called it (libgomp ABI,
+    "Implementing BARRIER construct")."""
+    found = ctypes.cast(_library().GOMP_barrier, ctypes.c_void_p).value
+    assert found is not None
+    return found
+
+
 def has_team() -> bool:
     """Whether PyTorch's OpenMP runtime can be reached: so on Linux with the builds of PyPI and conda-forge."""
     return _parallel() is not None
@@ -32,11 +41,16 @@ def has_team() -> bool:
 
 @cache
 def _parallel() -> Callable[[int, int, int, int], None] | None:
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # looked up in what libtorch_cpu is linked to
+        parallel = _library().GOMP_parallel  # looked up in what libtorch_cpu is linked to
+        barrier()
     except (OSError, AttributeError):
         return None
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
     return parallel
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -7,7 +7,6 @@ Invariant: addresses and strides are numbers of bytes; a row's result does not d
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -69,7 +68,7 @@ def _dots(rows):
                             e.add_products(total, pairs, weight)
                 for n, of_weight in enumerate(totals):
                     for result, total in zip(results, of_weight, strict=True):
-                        _add_to_lane(e, result, I32(first + n), _sum(e, e.builder.load(total)))
+                        _add_to_lane(e, result, I32(first + n), e.sum_of_lanes(e.builder.load(total)))
             for i, result in enumerate(results):
                 e.store_rounded(e.builder.load(result), e.at(out, i, out_stride))
 
@@ -79,17 +78,6 @@ def _dots(rows):
 
 
 dots = [_dots(rows) for rows in range(1, ROWS_AT_ONCE + 1)]
-
-
-def _sum(e, lanes):
-    """The sum of 16 lanes, halves added to halves."""
-    count = LANES
-    while count > 1:
-        count //= 2
-        kind = ir.VectorType(I32, count)
-        low, high = ir.Constant(kind, list(range(count))), ir.Constant(kind, list(range(count, 2 * count)))
-        lanes = e.fadd(e.builder.shuffle_vector(lanes, lanes, low), e.builder.shuffle_vector(lanes, lanes, high))
-    return e.builder.extract_element(lanes, I32(0))
 
 
 def _add_to_lane(e, variable, lane, value):

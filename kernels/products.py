@@ -17,8 +17,8 @@ from typing import Final, NoReturn
 import torch
 from torch import Tensor
 
-from stemcache.kernels import openmp
 from stemcache.kernels.bfloat16_pairs import is_preferred
+from stemcache.kernels.stages import Stage, run_stages
 
 PANEL: Final = 64
 """Columns (outputs) that lie together in a packed weight: of each pair of inputs, 64 pairs."""
@@ -53,11 +53,16 @@ class PairProduct:
             raise TypeError(f"{wanted} was given {str(hidden.dtype).removeprefix('torch.')} {list(hidden.shape)}")
         hidden, threads = hidden.contiguous(), torch.get_num_threads()
         out = hidden.new_empty((*hidden.shape[:-1], self.columns))
-        rows, parts = hidden.numel() // self.inputs, min(self.columns // _UNIT, _PARTS * threads)
-        size = self.inputs, self.columns, self._panel_bytes, parts, self._block
-        job = _Job(hidden.data_ptr(), rows, out.data_ptr(), *self._addresses, *size)
-        openmp.run(self._function, ctypes.addressof(job), threads)
+        stage = self.stage(hidden.data_ptr(), hidden.numel() // self.inputs, out.data_ptr(), threads)
+        run_stages([stage], threads)
         return out
+
+    def stage(self, hidden: int, n_rows: int, out: int, threads: int) -> Stage:
+        """The product of contiguous rows at the address `hidden`, to be written to the address `out`."""
+        parts = min(self.columns // _UNIT, _PARTS * threads)
+        size = self.inputs, self.columns, self._panel_bytes, parts, self._block
+        job = _Job(hidden, n_rows, out, *self._addresses, *size)
+        return Stage(self._function, ctypes.addressof(job), job)
 
     def __deepcopy__(self, _: dict[int, object]) -> PairProduct:
         return self  # nothing of it changes, and a copy's addresses would be those of the original's memory

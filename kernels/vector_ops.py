@@ -44,7 +44,7 @@ class _BFloat(ir.Type):
 
 
 FLOATS, PAIRS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
-_ROW, _HALVES, _BFLOATS = (ir.VectorType(*of) for of in ((I16, LANES), (I16, 2 * LANES), (_BFloat(), 2 * LANES)))
+HALVES, _BOTH_HALVES, _BFLOATS = (ir.VectorType(*of) for of in ((I16, LANES), (I16, 2 * LANES), (_BFloat(), 2 * LANES)))
 _HALF_BFLOATS = ir.VectorType(_BFloat(), LANES)
 _INTERLEAVED = ir.Constant(ir.VectorType(I32, 2 * LANES), [lane + half for lane in range(LANES) for half in (0, LANES)])
 
@@ -116,9 +116,24 @@ class Emitter:
                 for total, vector in zip(of_single, own, strict=True):
                     self.add_products(total, vector, pair)
 
+    def as_bfloats(self, value):
+        """16 floats as the nearest bfloat16 numbers, ties to even."""
+        return self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", _HALF_BFLOATS, value)
+
     def store_rounded(self, value, address):
-        """16 floats as bfloat16."""
-        self.store(self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", _HALF_BFLOATS, value), address)
+        self.store(self.as_bfloats(value), address)
+
+    def sum_of_lanes(self, lanes):
+        """Halves added to halves."""
+        count = LANES
+        while count > 1:
+            count //= 2
+            kind = ir.VectorType(I32, count)
+            low, high = ir.Constant(kind, list(range(count))), ir.Constant(kind, list(range(count, 2 * count)))
+            lanes = self.fadd(
+                self.builder.shuffle_vector(lanes, lanes, low), self.builder.shuffle_vector(lanes, lanes, high)
+            )
+        return self.builder.extract_element(lanes, I32(0))
 
     def exp2(self, x):
         """2 ** x for x <= 0, to 3e-6 (the Taylor polynomial of degree 5 on [-1/2, 1/2]); 0 below -200."""
@@ -236,8 +251,8 @@ def softmax(context, scores, stride, weights, pairs, maxima, sums, factors, scal
             )
             e.builder.store(e.fadd(e.builder.load(total), e.fadd(first, second)), total)
             rounded = e.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", _BFLOATS, second, first)
-            halves = e.bitcast(rounded, _HALVES)
-            paired = e.builder.shuffle_vector(halves, ir.Constant(_HALVES, ir.Undefined), _INTERLEAVED)
+            halves = e.bitcast(rounded, _BOTH_HALVES)
+            paired = e.builder.shuffle_vector(halves, ir.Constant(_BOTH_HALVES, ir.Undefined), _INTERLEAVED)
             e.store(e.bitcast(paired, PAIRS), e.add(weights, e.mul(loop.index, stride)))
         e.store(e.builder.load(total), sums)
 
@@ -254,7 +269,7 @@ def pair_values(context, values, stride, pairs, paired, blocks):
             out = e.add(paired, e.mul(outer.index, e.mul(blocks, I64(4 * LANES))))
             with cgutils.for_range(e.builder, blocks) as inner:
                 at = e.add(row, e.mul(inner.index, I64(2 * LANES)))
-                both = e.interleaved(e.load(at, _ROW), e.load(e.add(at, stride), _ROW))
+                both = e.interleaved(e.load(at, HALVES), e.load(e.add(at, stride), HALVES))
                 e.store(both, e.add(out, e.mul(inner.index, I64(4 * LANES))))
 
     return procedure(emit, values, stride, pairs, paired, blocks)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from equivalence import FAMILIES, random_models
+from pairs import needs_pairs
 from torch import nn
 
 from stemcache.engine import packed
 from stemcache.engine.fused import FusedLinear, fuse_projections
 from stemcache.engine.packed import PackedLinear, can_pack, pack_weights
-from stemcache.kernels import bfloat16_pairs, products
+from stemcache.kernels import products
 from stemcache.kernels.products import PairProduct
 
 torch.set_num_threads(1)
@@ -26,13 +27,8 @@ DTYPES = [
 ]
 
 
-COMPILED = pytest.mark.skipif(
-    not bfloat16_pairs.can_run(), reason="needs AVX512_BF16, numba and torch's OpenMP runtime"
-)
-
-
 @pytest.fixture(
-    autouse=True, params=[pytest.param(True, marks=COMPILED, id="compiled"), pytest.param(False, id="onednn")]
+    autouse=True, params=[pytest.param(True, marks=needs_pairs, id="compiled"), pytest.param(False, id="onednn")]
 )
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whose products of bfloat16 they are; and float32 is packed whosever the processor is."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pairs import needs_pairs
 
 from stemcache.kernels import bfloat16_pairs, cpu, fused, openmp
 from stemcache.kernels.attention import attend
@@ -20,10 +21,6 @@ TOLERANCE = 6e-3
 """Relative to the largest output: half an ulp of bfloat16 (2e-3) for the output and as much for the weights, and where
 many keys weigh alike the outputs are small beside them. Half of what the flash kernel is given, as nothing is rounded
 between partial results and their merge."""
-
-kernel = pytest.mark.skipif(
-    not bfloat16_pairs.can_run(), reason="needs AVX512_BF16, numba and an OpenMP runtime that can be reached"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +45,7 @@ def assert_matches(batch: Any, **options: Any) -> None:
     assert error <= TOLERANCE, f"relative error {error:.1e}"
 
 
-@kernel
+@needs_pairs
 @pytest.mark.parametrize("seed", range(12))
 def test_random_forests(forests: Callable[..., Any], batches: Callable[..., Any], seed: int) -> None:
     torch.set_num_threads(1 + seed % 4)
@@ -73,7 +70,7 @@ def test_random_forests(forests: Callable[..., Any], batches: Callable[..., Any]
     assert_matches(batch, sinks=sinks.bfloat16())
 
 
-@kernel
+@needs_pairs
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 63, 64, 65, 501])
 def test_awkward_lengths(batches: Callable[..., Any], tokens: int) -> None:
     n = -(-tokens // 64)
@@ -84,7 +81,7 @@ def test_awkward_lengths(batches: Callable[..., Any], tokens: int) -> None:
             assert_matches(batch, window=window)
 
 
-@kernel
+@needs_pairs
 @pytest.mark.parametrize("window", [None, 64, 300, 5000])
 def test_long_prefill_beside_decode(batches: Callable[..., Any], window: int | None) -> None:
     """600 new rows after 1,000 old tokens, a fresh prompt and decode rows over one prefix."""
@@ -98,7 +95,7 @@ def test_long_prefill_beside_decode(batches: Callable[..., Any], window: int | N
     assert_matches(batch, window=window, sinks=torch.linspace(-2, 2, 2))
 
 
-@kernel
+@needs_pairs
 def test_large_scores_do_not_overflow(batches: Callable[..., Any]) -> None:
     run = list(range(12))
     batch = batches([sequence([*run, 20 + i], 768, 769) for i in range(3)], chunk_tokens=64, dtype=torch.bfloat16)
@@ -109,7 +106,7 @@ def test_large_scores_do_not_overflow(batches: Callable[..., Any]) -> None:
     assert not nothing.any()
 
 
-@kernel
+@needs_pairs
 def test_what_is_broken_stays_visible(batches: Callable[..., Any]) -> None:
     """A NaN in a row's query, or in a key that it sees, is in its output, and in no other row's."""
     batch = batches([sequence([0, 1], 60, 70), sequence([2], 5, 9)], chunk_tokens=64, dtype=torch.bfloat16)
@@ -122,7 +119,7 @@ def test_what_is_broken_stays_visible(batches: Callable[..., Any]) -> None:
     assert torch.equal(out.isnan().any(dim=2), expected)
 
 
-@kernel
+@needs_pairs
 def test_a_layer_of_a_larger_pool_and_queries_in_any_layout(batches: Callable[..., Any]) -> None:
     run = list(range(12))
     sequences = [sequence([*run, 20 + i], 768, 770) for i in range(3)]
@@ -133,7 +130,7 @@ def test_a_layer_of_a_larger_pool_and_queries_in_any_layout(batches: Callable[..
     assert torch.equal(fused.attend(query, pool[1], batch.plan, scale=batch.scale), expected)
 
 
-@kernel
+@needs_pairs
 def test_the_same_bits_again_and_beside_another_thread(batches: Callable[..., Any]) -> None:
     """Which thread takes a unit depends on time; what a unit gives does not."""
     run = list(range(20))
@@ -154,7 +151,7 @@ def test_the_same_bits_again_and_beside_another_thread(batches: Callable[..., An
         assert all(threads.map(again, range(3)))
 
 
-@kernel
+@needs_pairs
 def test_the_backend_takes_it_where_it_serves(batches: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """And leaves to the flash kernel what it does not: other dtypes, softcap, odd head widths."""
     calls = []

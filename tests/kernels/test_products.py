@@ -10,17 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from pairs import needs_pairs
 from torch import Tensor
 
-from stemcache.kernels import bfloat16_pairs, products
+from stemcache.kernels import products
 from stemcache.kernels.products import PairProduct, can_pack, can_read, packed, plain
 
 TOLERANCE = 4.5e-3
 """Relative to the largest result: half an ulp of bfloat16 (3.9e-3 where it is largest), and what float32 sums lose."""
 
-pytestmark = pytest.mark.skipif(
-    not bfloat16_pairs.can_run(), reason="needs AVX512_BF16, numba and an OpenMP runtime that can be reached"
-)
+pytestmark = needs_pairs
 MAKERS = pytest.mark.parametrize("make", [packed, plain])
 SHAPES = [(32, 32), (64, 64), (96, 96), (576, 1536), (960, 576), (160, 320)]
 
