@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from itertools import accumulate
 from typing import Any, Final, NoReturn
 
 import torch
@@ -25,9 +23,8 @@ from torch.nn import functional
 
 from stemcache.engine.attention import AttentionOptions, ListeningStep, StepContext
 from stemcache.engine.fused import FusedLinear
-from stemcache.kernels import fused, layer_parts
-from stemcache.kernels.products import PairProduct
-from stemcache.kernels.stages import Stage, run_stages
+from stemcache.kernels.bfloat16_pairs import can_run
+from stemcache.kernels.layer_parts import LayerStages
 
 TOLERANCE: Final = 0.02
 """The most by which a trial's results may differ: root mean square of the differences, in parts of that of what the
@@ -63,57 +60,32 @@ class CompiledLayer:
         self._gate_up = _product(mlp.gate_proj, mlp.up_proj)
         self._down = _product(mlp.down_proj)
         self._head_dim = int(attention.head_dim)
-        self._q_heads = self._out.inputs // self._head_dim
-        self._kv_heads = (self._qkv.columns // self._head_dim - self._q_heads) // 2
-        # numbers of a row: normalised and added, queries with keys and values, attended, gates with values, gated
-        self._widths = self._qkv.inputs, self._qkv.columns, self._out.inputs, self._gate_up.columns, self._down.inputs
-        is_odd = any(width % layer_parts.LANES for width in (*self._widths, self._head_dim // 2))
-        asks_more = options.softcap is not None or options.sinks is not None or options.scale <= 0
-        if is_odd or asks_more or not _is_silu(mlp.act_fn):
+        if options.softcap is not None or options.sinks is not None or not _is_silu(mlp.act_fn):
             raise _OtherFormError
 
     def __call__(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], step: StepContext, **_: Any
     ) -> Tensor:
         """hidden_states: bfloat16 [1, T, width]. Returns the same shape. Other arguments mean nothing to the form."""
-        n, threads, plan = step.plan.n_rows, torch.get_num_threads(), step.plan
-        hidden, out = hidden_states.contiguous(), torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        rows, total = hidden.data_ptr(), out.data_ptr()
-        memory = plan.derived(self._widths, lambda: out.new_empty(n * sum(self._widths)))
-        starts = accumulate(self._widths[:-1], initial=0)
-        added, projected, attended, gates, gated = (memory.data_ptr() + 2 * n * start for start in starts)
-        run_stages(
-            [
-                self._norms[0](rows, added, n),
-                self._qkv.stage(added, n, projected, threads),
-                *self._attend(projected, attended, position_embeddings, step, threads),
-                self._out.stage(attended, n, added, threads),
-                layer_parts.sum_of(rows, added, total, n * self._widths[0]),
-                self._norms[1](total, added, n),
-                self._gate_up.stage(added, n, gates, threads),
-                layer_parts.gate(gates, gated, n, self._widths[4]),
-                self._down.stage(gated, n, added, threads),
-                layer_parts.sum_of(total, added, total, n * self._widths[0]),
-            ],
-            threads,
-        )
-        return out
+        rows, stages = hidden_states[0].contiguous(), LayerStages()
+        attended = self._attend(stages, stages.norm(rows, *self._norms[0]), position_embeddings, step)
+        rows = stages.add(rows, to=stages.product(self._out, attended.flatten(1)))
+        gates = stages.product(self._gate_up, stages.norm(rows, *self._norms[1]))
+        rows = stages.add(rows, to=stages.product(self._down, stages.gate(gates)))
+        stages.run()
+        return rows[None]
 
-    def _attend(
-        self, projected: int, attended: int, rotation: tuple[Tensor, Tensor], step: StepContext, threads: int
-    ) -> Iterator[Stage]:
-        n, size, pool_layer = step.plan.n_rows, 2 * self._head_dim, step.pool.layer(self._index)
-        stride = 2 * self._qkv.columns
-        parts = (projected, self._q_heads), (projected + self._q_heads * size, self._kv_heads)
-        for head_norm, (at, heads) in zip(self._head_norms, parts, strict=False):
-            yield head_norm(at, at, n, heads=heads, stride=stride)
+    def _attend(self, stages: LayerStages, rows: Tensor, rotation: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
+        pool_layer = step.pool.layer(self._index)
+        heads = stages.product(self._qkv, rows).view(len(rows), -1, self._head_dim)
+        if self._head_norms:
+            kv_heads = pool_layer.shape[1]
+            stages.norm(heads[:, : -2 * kv_heads], *self._head_norms[0], in_place=True)
+            stages.norm(heads[:, -2 * kv_heads : -kv_heads], *self._head_norms[1], in_place=True)
         cos, sin = rotation
-        turn = (cos[0], sin[0]) if self._rotates else None
-        yield layer_parts.rotation(projected, turn, pool_layer, step.plan, self._q_heads)
-        queries, asked = fused.Rows(projected, stride, size, self._q_heads), self._options
-        yield from fused.stages(
-            queries, pool_layer, step.plan, attended, threads, scale=asked.scale, window=asked.window
-        )
+        queries = stages.rotate_and_append(heads, (cos[0], sin[0]) if self._rotates else None, pool_layer, step.plan)
+        asked = self._options
+        return stages.attend(queries, pool_layer, step.plan, scale=asked.scale, window=asked.window)
 
     def __deepcopy__(self, _: dict[int, object]) -> CompiledLayer:
         return self  # nothing of it changes
@@ -132,17 +104,16 @@ def _is_silu(activation: Any) -> bool:
     return torch.equal(activation(some), functional.silu(some))
 
 
-def _norm(module: Any) -> Callable[..., Stage]:
-    return partial(layer_parts.norm, weight=module.weight.detach(), epsilon=float(module.variance_epsilon))
+def _norm(module: Any) -> tuple[Tensor, float]:
+    return module.weight.detach(), float(module.variance_epsilon)
 
 
-def _product(*layers: Any) -> PairProduct:
+def _product(*layers: Any) -> Callable[[Tensor], Tensor]:
     """What computes some linear layers together, in their order."""
     computes = [each.product.compute if isinstance(each, FusedLinear) else each.compute for each in layers]
-    product = computes[0]
-    if not isinstance(product, PairProduct) or any(each is not product for each in computes):
+    if any(each is not computes[0] for each in computes):
         raise _OtherFormError
-    return product
+    return computes[0]
 
 
 class _Trial:
@@ -153,7 +124,7 @@ class _Trial:
         self._layer, self._theirs = layer, layer.forward
 
     def __call__(self, hidden_states: Tensor, *, step: StepContext, **others: Any) -> Tensor:
-        if step.backend != "cpu":
+        if step.backend != "cpu" or hidden_states.dtype != torch.bfloat16 or not can_run():
             return self._theirs(hidden_states, step=step, **others)  # type: ignore[no-any-return]
         listening = ListeningStep(step.plan, step.pool, step.backend)
         expected: Tensor = self._theirs(hidden_states, step=listening, **others)

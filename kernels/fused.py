@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from math import e, log2
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,14 +45,9 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Shapes and meaning as in `kernels.attention.attend`, for what `serves` says yes to."""
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    logits = None if sinks is None else sinks.float() * log2(e)
-    rows = Rows(query.data_ptr(), 2 * query.stride(0), 2 * query.stride(1), query.shape[1])
     threads = torch.get_num_threads()
-    sinks_at = 0 if logits is None else logits.data_ptr()
-    run_stages(
-        stages(rows, pool_layer, plan, out.data_ptr(), threads, scale=scale, window=window, sinks=sinks_at), threads
-    )
+    out, found = stages(query, pool_layer, plan, threads, scale=scale, window=window, sinks=sinks)
+    run_stages(found, threads)
     return out
 
 
@@ -73,48 +67,37 @@ class AttentionJob(ctypes.Structure):
     ]
 
 
-class Rows(NamedTuple):
-    """Where the queries are: address, bytes from a row to the next and from a head to the next, heads."""
-
-    address: int
-    row_stride: int
-    head_stride: int
-    heads: int
-
-
 def stages(
-    query: Rows,
+    query: Tensor,
     pool_layer: Tensor,
     plan: AttentionPlan,
-    out: int,
     threads: int,
     *,
     scale: float,
     window: int | None = None,
-    sinks: int = 0,
-) -> list[Stage]:
-    """The stages of `attend`. out: an address for bfloat16 [T, q_heads, head_dim]. sinks: 0, or the address of float32
-    [q_heads], times log2(e). A plan's stages are for one run at a time."""
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, list[Stage]]:
+    """What `attend` returns, and the stages that compute it. A plan's are for one run at a time."""
     from stemcache.kernels.fused_kernel import compiled
 
     if window is not None and window > int(plan.positions.max()):
         window = None
     _, kv_heads, _, _, head_dim = pool_layer.shape
-    group = query.heads // kv_heads
+    group = query.shape[1] // kv_heads
     key = ("fused", window, group, kv_heads, head_dim, threads)
     work = plan.derived(key, lambda: _Work.of(plan, window, group, kv_heads, head_dim, threads))
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    logits = None if sinks is None else sinks.float() * log2(e)
     job = work.job
-    job.query, job.query_row, job.query_head, _ = query
-    job.pool, job.out, job.sinks = pool_layer.data_ptr(), out, sinks
-    job.side, job.head_side = 2 * pool_layer.stride(0), 2 * pool_layer.stride(1)
+    job.query, job.pool, job.out = query.data_ptr(), pool_layer.data_ptr(), out.data_ptr()
+    job.query_row, job.query_head = query.stride(0) * 2, query.stride(1) * 2
+    job.side, job.head_side = pool_layer.stride(0) * 2, pool_layer.stride(1) * 2
+    job.sinks = 0 if logits is None else logits.data_ptr()
     job.scale = scale * log2(e)
-    attend_units, merge_rows = compiled()
     work.counters[:] = 0
-    argument = ctypes.addressof(job)
-    found = [Stage(attend_units.address, argument, work)]
-    if len(work.units.merged_rows):
-        found.append(Stage(merge_rows.address, argument, work))
-    return found
+    functions = compiled() if len(work.units.merged_rows) else compiled()[:1]
+    kept = work, query, pool_layer, out, logits
+    return out, [Stage(function.address, ctypes.addressof(job), kept) for function in functions]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,23 +6,26 @@ at most where a sum in another order, or an exponential, falls on the other side
 A norm is ten of PyTorch's operations and a rotation a dozen, 20 to 45 us whatever there is to compute: a third of a
 decode step of one sequence of SmolLM2-135M's shape. Here each is a stage, one pass over the rows.
 
-Rows are contiguous and given by address, as a layer's stages work in memory that is set aside for the whole of a step.
+All tensors are bfloat16 on a CPU with AVX512_BF16, and contiguous where nothing else is said.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from stemcache.kernels import cpu, fused
 from stemcache.kernels.plan import AttentionPlan
-from stemcache.kernels.stages import Stage
+from stemcache.kernels.products import PairProduct
+from stemcache.kernels.stages import Stage, run_stages
 
 LANES: Final = 16
-"""Widths, and halves of heads, are multiples of it."""
+"""Numbers of a vector."""
 _BLOCK: Final = 4 << 10
 """Numbers that a thread takes at a time: about one microsecond."""
 
@@ -60,54 +63,100 @@ class SumJob(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("first", "second", "out", "count", "block", "taken")]
 
 
-def norm(
-    rows: int, out: int, n_rows: int, weight: Tensor, epsilon: float, *, heads: int = 1, stride: int | None = None
-) -> Stage:
-    """weight * (row / sqrt(mean(row ** 2) + epsilon)) (arXiv 1910.07467), the quotient rounded first.
+class LayerStages:
+    """A layer's stages, written down as their results are asked for: the numbers are there after `run`.
 
-    rows, out: bfloat16 [n_rows, heads, width], which may be the same. weight: bfloat16 [width], for each head by
-    itself. stride: bytes from a row to the next, where other numbers lie between them.
+    Methods raise ValueError for widths, and halves of heads, that are no multiples of 16.
     """
-    width = len(weight)
-    size = heads * width
-    job = NormJob(rows, weight.data_ptr(), out, n_rows, heads, width, stride or 2 * size, _rows(size), 0, epsilon)
-    return Stage(_functions()[0], ctypes.addressof(job), (job, weight))
+
+    def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
+        self._stages: list[Stage] = []
+
+    def run(self) -> None:
+        """Compute what has been asked for."""
+        if self._stages:
+            run_stages(self._stages, self._threads)
+            self._stages = []
+
+    def norm(self, rows: Tensor, weight: Tensor, epsilon: float, *, in_place: bool = False) -> Tensor:
+        """weight * (row / sqrt(mean(row ** 2) + epsilon)) (arXiv 1910.07467), the quotient rounded first.
+
+        rows: [T, width]; or [T, heads, width], each head by itself, and rows may lie apart. weight: [width]. Returns
+        rows, overwritten, or a tensor like them.
+        """
+        out = rows if in_place else torch.empty_like(rows)
+        heads, width = rows.shape[1] if rows.dim() == 3 else 1, _whole(rows.shape[-1])
+        sizes = rows.shape[0], heads, width, 2 * rows.stride(0), _rows(heads * width), 0
+        self._add(0, NormJob(rows.data_ptr(), weight.data_ptr(), out.data_ptr(), *sizes, epsilon), rows, weight, out)
+        return out
+
+    def rotate_and_append(
+        self, heads: Tensor, turn: tuple[Tensor, Tensor] | None, pool_layer: Tensor, plan: AttentionPlan
+    ) -> Tensor:
+        """Turn queries and keys (RoPE, arXiv 2104.09864, by halves), and write keys and values to the pool.
+
+        heads: [T, q_heads + 2 * kv_heads, head_dim], contiguous: queries, which are overwritten, keys and values.
+        turn: cosines and sines, each [T, head_dim], contiguous; None turns nothing. Products with them are rounded.
+        pool_layer: [2, kv_heads, chunks, chunk_tokens, head_dim], contiguous.
+        Returns the queries, a view [T, q_heads, head_dim]. Raises ValueError for other cosines and sines.
+        """
+        _, kv_heads, _, _, head_dim = pool_layer.shape
+        _whole(head_dim // 2)
+        for part in turn or ():
+            if part.shape != (plan.n_rows, head_dim) or part.dtype != heads.dtype or not part.is_contiguous():
+                raise ValueError(f"a head of {head_dim} is not turned by {part.dtype} {tuple(part.shape)}")
+        q_heads = heads.shape[1] - 2 * kv_heads
+        at = heads.data_ptr(), *((part.data_ptr() for part in turn) if turn else (0, 0))
+        slots = plan.derived(("slots",), lambda: plan.token_slots.ctypes.data)
+        sides = 2 * pool_layer.stride(0), 2 * pool_layer.stride(1)
+        shape = plan.n_rows, q_heads, kv_heads, head_dim
+        job = RotationJob(*at, slots, pool_layer.data_ptr(), *sides, *shape, _rows(heads.shape[1] * head_dim), 0)
+        self._add(1, job, heads, turn, pool_layer, plan)
+        return heads[:, :q_heads]
+
+    def gate(self, rows: Tensor) -> Tensor:
+        """silu(gates) * values (arXiv 2002.05202), silu rounded first. rows: [T, 2 * width], gates and values."""
+        n_rows, width = rows.shape[0], _whole(rows.shape[1] // 2)
+        out = rows.new_empty((n_rows, width))
+        self._add(2, GateJob(rows.data_ptr(), out.data_ptr(), n_rows, width, _rows(width), 0), rows, out)
+        return out
+
+    def add(self, rows: Tensor, to: Tensor) -> Tensor:
+        """to += rows, both of one shape. Returns `to`."""
+        _whole(rows.shape[-1])
+        self._add(3, SumJob(rows.data_ptr(), to.data_ptr(), to.data_ptr(), to.numel(), _BLOCK, 0), rows, to)
+        return to
+
+    def product(self, compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """compute(rows): a stage if it is a `PairProduct`; else what was asked for is computed now, and so is it."""
+        if isinstance(compute, PairProduct):
+            out, stage = compute.stage(rows, self._threads)
+            self._stages.append(stage)
+            return out
+        self.run()
+        return compute(rows)
+
+    def attend(
+        self, query: Tensor, pool_layer: Tensor, plan: AttentionPlan, *, scale: float, window: int | None
+    ) -> Tensor:
+        """As `kernels.attention.attend` on a CPU: stages if they are there for it; else all is computed now."""
+        if fused.serves(query, scale=scale, softcap=None):
+            out, stages = fused.stages(query, pool_layer, plan, self._threads, scale=scale, window=window)
+            self._stages += stages
+            return out
+        self.run()
+        return cpu.attend(query, pool_layer, plan, scale=scale, window=window)
+
+    def _add(self, function: int, job: ctypes.Structure, *kept: object) -> None:
+        self._stages.append(Stage(_functions()[function], ctypes.addressof(job), (job, kept)))
 
 
-def rotation(
-    projected: int, turn: tuple[Tensor, Tensor] | None, pool_layer: Tensor, plan: AttentionPlan, q_heads: int
-) -> Stage:
-    """Turn queries and keys (RoPE, arXiv 2104.09864, by halves), and write keys and values to the pool.
-
-    projected: bfloat16 [T, q_heads + 2 * kv_heads, head_dim], queries, keys and values; the queries are overwritten.
-    turn: cosines and sines, each bfloat16 [T, head_dim], contiguous; None turns nothing. Each product is rounded.
-    pool_layer: bfloat16 [2, kv_heads, chunks, chunk_tokens, head_dim], contiguous.
-    Raises ValueError for other cosines and sines.
-    """
-    _, kv_heads, _, _, head_dim = pool_layer.shape
-    for part in turn or ():
-        if part.shape != (plan.n_rows, head_dim) or part.dtype != torch.bfloat16 or not part.is_contiguous():
-            raise ValueError(f"a head of {head_dim} is not turned by {part.dtype} {tuple(part.shape)}")
-    cos, sin = (part.data_ptr() for part in turn) if turn else (0, 0)
-    slots = plan.derived(("slots",), lambda: plan.token_slots.ctypes.data)
-    sides = 2 * pool_layer.stride(0), 2 * pool_layer.stride(1)
-    block = _rows((q_heads + 2 * kv_heads) * head_dim)
-    shape = plan.n_rows, q_heads, kv_heads, head_dim
-    job = RotationJob(projected, cos, sin, slots, pool_layer.data_ptr(), *sides, *shape, block, 0)
-    return Stage(_functions()[1], ctypes.addressof(job), (job, turn, plan))
-
-
-def gate(rows: int, out: int, n_rows: int, width: int) -> Stage:
-    """silu(gates) * values (arXiv 2002.05202), silu rounded first. rows: bfloat16 [n_rows, 2, width], gates and values.
-    out: [n_rows, width], elsewhere."""
-    job = GateJob(rows, out, n_rows, width, _rows(width), 0)
-    return Stage(_functions()[2], ctypes.addressof(job), job)
-
-
-def sum_of(first: int, second: int, out: int, count: int) -> Stage:
-    """first + second, of `count` bfloat16 numbers each. out may be one of the two."""
-    job = SumJob(first, second, out, count, _BLOCK, 0)
-    return Stage(_functions()[3], ctypes.addressof(job), job)
+def _whole(width: int) -> int:
+    """The width, of which vectors leave no rest. Raises ValueError."""
+    if width % LANES:
+        raise ValueError(f"the parts of a layer take multiples of {LANES} numbers, not {width}")
+    return width
 
 
 def _rows(width: int) -> int:

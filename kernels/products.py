@@ -48,21 +48,22 @@ class PairProduct:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., inputs] -> [..., columns], both bfloat16. Raises TypeError for another shape or dtype."""
-        if hidden.dtype != torch.bfloat16 or hidden.shape[-1] != self.inputs:
-            wanted = f"a product of {self.inputs} bfloat16 inputs"
-            raise TypeError(f"{wanted} was given {str(hidden.dtype).removeprefix('torch.')} {list(hidden.shape)}")
-        hidden, threads = hidden.contiguous(), torch.get_num_threads()
-        out = hidden.new_empty((*hidden.shape[:-1], self.columns))
-        stage = self.stage(hidden.data_ptr(), hidden.numel() // self.inputs, out.data_ptr(), threads)
+        threads = torch.get_num_threads()
+        out, stage = self.stage(hidden, threads)
         run_stages([stage], threads)
         return out
 
-    def stage(self, hidden: int, n_rows: int, out: int, threads: int) -> Stage:
-        """The product of contiguous rows at the address `hidden`, to be written to the address `out`."""
-        parts = min(self.columns // _UNIT, _PARTS * threads)
+    def stage(self, hidden: Tensor, threads: int) -> tuple[Tensor, Stage]:
+        """What the call returns, and the stage that computes it."""
+        if hidden.dtype != torch.bfloat16 or hidden.shape[-1] != self.inputs:
+            wanted = f"a product of {self.inputs} bfloat16 inputs"
+            raise TypeError(f"{wanted} was given {str(hidden.dtype).removeprefix('torch.')} {list(hidden.shape)}")
+        hidden = hidden.contiguous()
+        out = hidden.new_empty((*hidden.shape[:-1], self.columns))
+        n_rows, parts = hidden.numel() // self.inputs, min(self.columns // _UNIT, _PARTS * threads)
         size = self.inputs, self.columns, self._panel_bytes, parts, self._block
-        job = _Job(hidden, n_rows, out, *self._addresses, *size)
-        return Stage(self._function, ctypes.addressof(job), job)
+        job = _Job(hidden.data_ptr(), n_rows, out.data_ptr(), *self._addresses, *size)
+        return out, Stage(self._function, ctypes.addressof(job), (job, self, hidden, out))
 
     def __deepcopy__(self, _: dict[int, object]) -> PairProduct:
         return self  # nothing of it changes, and a copy's addresses would be those of the original's memory

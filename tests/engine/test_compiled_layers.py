@@ -24,11 +24,11 @@ from stemcache.kernels import fused, products
 OF_THE_FORM = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
-@pytest.fixture(autouse=True)
-def on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also beside AMX, where they are not preferred."""
+@pytest.fixture(autouse=True, params=[True, False], ids=["compiled products", "onednn"])
+def who_multiplies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside AMX products and attention are PyTorch's."""
     for module in (products, fused):
-        monkeypatch.setattr(module, "is_preferred", lambda: True)
+        monkeypatch.setattr(module, "is_preferred", lambda: request.param)
 
 
 def models(family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -151,6 +151,8 @@ def test_a_second_engine_over_the_same_model() -> None:
 
 @needs_pairs
 def test_a_copy_says_the_same_and_a_pickle_is_refused() -> None:
+    if not products.is_preferred():
+        pytest.skip("oneDNN's weights can be neither copied nor pickled")
     model = models()[0]
     params = SamplingParams(max_tokens=8, temperature=0)
     with served(model) as engine:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from stemcache.kernels import layer_parts
-from stemcache.kernels.attention import append_kv
+from stemcache.kernels import fused, products
+from stemcache.kernels.attention import append_kv, attend
+from stemcache.kernels.layer_parts import LayerStages
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
-from stemcache.kernels.stages import Stage, run_stages
 
 pytestmark = needs_pairs
 ROWS = pytest.mark.parametrize("n_rows", [1, 2, 17, 300])
@@ -44,9 +46,11 @@ def assert_near(actual: Tensor, expected: Tensor, *, differing: float = 0.01) ->
 def test_norm(n_rows: int, width: int, threads: int) -> None:
     theirs = LlamaRMSNorm(width, eps=1e-5).bfloat16()
     theirs.weight.data = random(width, seed=1)
-    rows, out = 3 * random(n_rows, width), torch.full((n_rows, width), 7.0).bfloat16()
+    rows = 3 * random(n_rows, width)
     rows[0] *= 1e-3  # where epsilon matters
-    run_stages([layer_parts.norm(rows.data_ptr(), out.data_ptr(), n_rows, theirs.weight.data, 1e-5)], threads)
+    stages = LayerStages()
+    out = stages.norm(rows, theirs.weight.data, 1e-5)
+    stages.run()
     assert_near(out, theirs(rows))
 
 
@@ -56,8 +60,9 @@ def test_norm_of_heads_leaves_what_is_between_them(n_rows: int, threads: int) ->
     theirs.weight.data = random(32, seed=1)
     rows = random(n_rows, 7, 32)
     expected = torch.cat([rows[:, :1], theirs(rows[:, 1:4]), rows[:, 4:]], 1)
-    at = rows.data_ptr() + 2 * 32
-    run_stages([layer_parts.norm(at, at, n_rows, theirs.weight.data, 1e-6, heads=3, stride=2 * 7 * 32)], threads)
+    stages = LayerStages()
+    stages.norm(rows[:, 1:4], theirs.weight.data, 1e-6, in_place=True)
+    stages.run()
     assert_near(rows, expected)
 
 
@@ -76,8 +81,10 @@ def test_rotation(q_heads: int, kv_heads: int, head_dim: int, turns: bool, n_row
         query, key = apply_rotary_pos_emb(query[None], key[None], *(part[None] for part in turn), unsqueeze_dim=2)
         query, key = query[0], key[0]
     append_kv(expected, key, value, plan)
-    run_stages([layer_parts.rotation(heads.data_ptr(), turn if turns else None, pool, plan, q_heads)], threads)
-    assert torch.equal(heads[:, :q_heads], query)
+    stages = LayerStages()
+    queries = stages.rotate_and_append(heads, turn if turns else None, pool, plan)
+    stages.run()
+    assert torch.equal(queries, query)
     assert torch.equal(pool, expected)
 
 
@@ -86,47 +93,87 @@ def test_cosines_of_another_shape_or_dtype_are_an_error() -> None:
     heads, pool, part = random(3, 3, 64), torch.zeros(2, 1, 1, 16, 64).bfloat16(), random(3, 64)
     for wrong in (random(3, 32), random(2, 64), random(64, 3).T, part.float()):
         with pytest.raises(ValueError, match="a head of 64 is not turned by"):
-            layer_parts.rotation(heads.data_ptr(), (part, wrong), pool, plan, 1)
+            LayerStages().rotate_and_append(heads, (part, wrong), pool, plan)
+
+
+def test_widths_that_fill_no_vectors_are_an_error() -> None:
+    plan = AttentionPlan.build([SequenceRows(np.zeros(1, dtype=np.int32), 0, 3)], chunk_tokens=16)
+    stages = LayerStages()
+    for ask in (
+        lambda: stages.norm(random(3, 24), random(24), 1e-5),
+        lambda: stages.gate(random(3, 48)),
+        lambda: stages.add(random(3, 24), random(3, 24)),
+        lambda: stages.rotate_and_append(random(3, 3, 16), None, torch.zeros(2, 1, 1, 16, 16).bfloat16(), plan),
+    ):
+        with pytest.raises(ValueError, match="multiples of 16 numbers"):
+            ask()
+    stages.run()  # nothing
 
 
 @ROWS
 @pytest.mark.parametrize("width", [16, 1536])
 def test_gate(n_rows: int, width: int, threads: int) -> None:
-    rows, out = 4 * random(n_rows, 2 * width), random(n_rows, width)
+    rows = 4 * random(n_rows, 2 * width)
     rows[0, :8] = torch.tensor([0.0, -0.0, 80.0, -80.0, 200.0, -200.0, 1e-30, -3e38])
     gates, values = rows.chunk(2, -1)
-    run_stages([layer_parts.gate(rows.data_ptr(), out.data_ptr(), n_rows, width)], threads)
+    stages = LayerStages()
+    out = stages.gate(rows)
+    stages.run()
     assert_near(out, functional.silu(gates) * values)
 
 
-@pytest.mark.parametrize("count", [16, 4096, 4112, 100_000])
-def test_sum(count: int, threads: int) -> None:
-    first, second = random(count), random(count, seed=1)
+@ROWS
+def test_sum(n_rows: int, threads: int) -> None:
+    first, second = random(n_rows, 336), random(n_rows, 336, seed=1)
     expected = first + second
-    run_stages([layer_parts.sum_of(first.data_ptr(), second.data_ptr(), first.data_ptr(), count)], threads)
-    assert torch.equal(first, expected)
+    stages = LayerStages()
+    assert stages.add(first, to=second) is second
+    stages.run()
+    assert torch.equal(second, expected)
 
 
 def test_what_is_not_a_number_stays_in_its_row(threads: int) -> None:
-    rows, weight = random(9, 64), random(64, seed=1)
+    rows, stages = random(9, 64), LayerStages()
     rows[4, 60] = float("nan")
-    out, gated = torch.zeros(9, 64).bfloat16(), torch.zeros(9, 32).bfloat16()
-    at = rows.data_ptr(), out.data_ptr()
-    run_stages(
-        [layer_parts.norm(*at, 9, weight, 1e-5), layer_parts.gate(rows.data_ptr(), gated.data_ptr(), 9, 32)], threads
-    )
-    assert torch.equal(out.isnan().any(1), torch.arange(9) == 4)
+    normal, gated = stages.norm(rows, random(64, seed=1), 1e-5), stages.gate(rows)
+    stages.run()
+    assert torch.equal(normal.isnan().any(1), torch.arange(9) == 4)
     assert torch.equal(gated.isnan(), (torch.arange(9) == 4)[:, None] & (torch.arange(32) == 28))
 
 
 def test_no_stage_begins_before_the_one_before_has_ended(threads: int) -> None:
     """Two hundred sums in turn, of numbers that all threads share: one that came too early would count too little."""
-    first, second = torch.full((40_000,), 2.0**-120).bfloat16(), torch.zeros(40_000).bfloat16()
-    stages: list[Stage] = []
+    first, second = torch.full((100, 400), 2.0**-120).bfloat16(), torch.zeros(100, 400).bfloat16()
+    stages = LayerStages()
     for _ in range(100):
-        stages += [
-            layer_parts.sum_of(first.data_ptr(), first.data_ptr(), second.data_ptr(), 40_000),
-            layer_parts.sum_of(second.data_ptr(), second.data_ptr(), first.data_ptr(), 40_000),
-        ]
-    run_stages(stages, threads)
-    assert torch.equal(first, torch.full((40_000,), 2.0**80).bfloat16())
+        stages.add(first, to=second)  # the sum of both so far
+        stages.add(second, to=first)
+    before = first.clone()
+    stages.run()
+    expected, other = before, torch.zeros(100, 400).bfloat16()
+    for _ in range(100):
+        other += expected
+        expected += other
+    assert torch.equal(first, expected)
+    assert torch.equal(second, other)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_products_and_attention_are_stages_or_computed_at_once(
+    is_compiled: bool, threads: int, batches: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (products, fused):
+        monkeypatch.setattr(module, "is_preferred", lambda: is_compiled)
+    weight, rows, norm = random(96, 64), random(5, 64, seed=1), random(64, seed=2)
+    compute = products.packed(weight, None) if is_compiled else partial(functional.linear, weight=weight)
+    batch = batches([SequenceRows(np.array([3, 1], dtype=np.int32), 20, 25)], chunk_tokens=16, dtype=torch.bfloat16)
+    stages = LayerStages()
+    out = stages.product(compute, stages.norm(rows, norm, 1e-5))
+    attended = stages.attend(batch.query, batch.pool, batch.plan, scale=batch.scale, window=None)
+    stages.run()
+    alone = LayerStages()
+    normal = alone.norm(rows, norm, 1e-5)
+    alone.run()
+    torch.testing.assert_close(out, functional.linear(normal, weight), rtol=1e-2, atol=1e-2)
+    expected = attend(batch.query, batch.pool, batch.plan, scale=batch.scale, backend="reference")
+    torch.testing.assert_close(attended.float(), expected.float(), rtol=2e-2, atol=2e-2)
