@@ -14,7 +14,7 @@ from numba import carray, njit
 
 from stemcache.kernels import layer_ops, vector_ops
 from stemcache.kernels.c_functions import c_function, edition
-from stemcache.kernels.layer_ops import add, gate, normalise, rotate
+from stemcache.kernels.layer_ops import add, gate_by_gelu, gate_by_silu, normalise, normalise_above_one, rotate
 from stemcache.kernels.layer_parts import GateJob, NormJob, RotationJob, SumJob
 from stemcache.kernels.product_ops import address_of
 from stemcache.kernels.vector_ops import LANES, memory, take_number
@@ -62,8 +62,11 @@ def compiled():
                 break
             for row in range(first, min(first + job.block, job.n_rows)):
                 for head in range(job.heads):
-                    at = row * job.stride + 2 * head * job.width
-                    normalise(job.rows + at, job.weight, job.out + at, job.width // LANES, np.float32(job.epsilon))
+                    at, epsilon = row * job.stride + 2 * head * job.width, np.float32(job.epsilon)
+                    if job.is_above_one:
+                        normalise_above_one(job.rows + at, job.weight, job.out + at, job.width // LANES, epsilon)
+                    else:
+                        normalise(job.rows + at, job.weight, job.out + at, job.width // LANES, epsilon)
 
     def rotate_rows(jobs):
         _ = text
@@ -91,7 +94,10 @@ def compiled():
                 break
             for row in range(first, min(first + job.block, job.n_rows)):
                 at = job.rows + 2 * row * size
-                gate(at, at + size, job.out + row * size, blocks)
+                if job.is_gelu:
+                    gate_by_gelu(at, at + size, job.out + row * size, blocks)
+                else:
+                    gate_by_silu(at, at + size, job.out + row * size, blocks)
 
     def add_numbers(jobs):
         _ = text

@@ -17,7 +17,6 @@ from numba.extending import intrinsic
 from stemcache.kernels.vector_ops import F32, FLOATS, HALVES, I64, LANES, PAIRS, procedure
 
 _BYTES = 2 * LANES  # of 16 bfloat16 numbers
-_ONE = 1.0
 
 
 def _widened(e, halves):
@@ -35,25 +34,32 @@ def _rounded(e, value):
     return _widened(e, e.bitcast(e.as_bfloats(value), HALVES))
 
 
-@intrinsic
-def normalise(context, row, weight, out, blocks, epsilon):
-    """out = weight * (row / sqrt(mean(row ** 2) + epsilon)), the quotient rounded first. out may be the row."""
+def _normalise(is_above_one):
+    @intrinsic
+    def function(context, row, weight, out, blocks, epsilon):
+        """out = weight * (row / sqrt(mean(row ** 2) + epsilon)), the quotient rounded first; or, with weights that are
+        given as what they are above one, rounded once. out may be the row."""
 
-    def emit(e, row, weight, out, blocks, epsilon):
-        squares = e.variable(e.constant(0.0))
-        with cgutils.for_range(e.builder, blocks) as loop:
-            x = _load(e, row, loop.index)
-            e.builder.store(e.multiply_add(x, x, e.builder.load(squares)), squares)
-        count = e.builder.uitofp(e.mul(blocks, I64(LANES)), F32)
-        mean = e.builder.fdiv(e.sum_of_lanes(e.builder.load(squares)), count)
-        root = e.call("llvm.sqrt.f32", F32, e.fadd(mean, epsilon))
-        factor = e.splat(e.builder.fdiv(ir.Constant(F32, _ONE), root))
-        with cgutils.for_range(e.builder, blocks) as loop:
-            x = _rounded(e, e.fmul(_load(e, row, loop.index), factor))
-            x = e.fmul(_load(e, weight, loop.index), x)
-            e.store_rounded(x, e.add(out, e.mul(loop.index, I64(_BYTES))))
+        def emit(e, row, weight, out, blocks, epsilon):
+            squares = e.variable(e.constant(0.0))
+            with cgutils.for_range(e.builder, blocks) as loop:
+                x = _load(e, row, loop.index)
+                e.builder.store(e.multiply_add(x, x, e.builder.load(squares)), squares)
+            count = e.builder.uitofp(e.mul(blocks, I64(LANES)), F32)
+            mean = e.builder.fdiv(e.sum_of_lanes(e.builder.load(squares)), count)
+            root = e.call("llvm.sqrt.f32", F32, e.fadd(mean, epsilon))
+            factor = e.splat(e.builder.fdiv(ir.Constant(F32, 1.0), root))
+            with cgutils.for_range(e.builder, blocks) as loop:
+                x, by = e.fmul(_load(e, row, loop.index), factor), _load(e, weight, loop.index)
+                product = e.fmul(x, e.fadd(by, e.constant(1.0))) if is_above_one else e.fmul(_rounded(e, x), by)
+                e.store_rounded(product, e.add(out, e.mul(loop.index, I64(_BYTES))))
 
-    return procedure(emit, row, weight, out, blocks, epsilon)
+        return procedure(emit, row, weight, out, blocks, epsilon)
+
+    return function
+
+
+normalise, normalise_above_one = _normalise(False), _normalise(True)
 
 
 @intrinsic
@@ -73,21 +79,36 @@ def rotate(context, head, cos, sin, out, blocks):
     return procedure(emit, head, cos, sin, out, blocks)
 
 
-@intrinsic
-def gate(context, gates, values, out, blocks):
-    """out = silu(gates) * values, silu rounded first; silu(x) = x / (1 + exp(-x))."""
+def _gate(argument):
+    @intrinsic
+    def function(context, gates, values, out, blocks):
+        """out = x * sigmoid(argument(x)) * values for x in gates, what comes before the values rounded first."""
 
-    def emit(e, gates, values, out, blocks):
-        one, zero, to_base_2 = e.constant(_ONE), e.constant(0.0), e.constant(-math.log2(math.e))
-        with cgutils.for_range(e.builder, blocks) as loop:
-            x = _load(e, gates, loop.index)
-            power = e.exp2(e.fmul(e.call("llvm.fabs.v16f32", FLOATS, x), to_base_2))  # exp(-|x|)
-            above = e.builder.select(e.builder.fcmp_unordered(">=", x, zero), one, power)
-            silu = e.fmul(x, e.builder.fdiv(above, e.fadd(one, power)))
-            product = e.fmul(_rounded(e, silu), _load(e, values, loop.index))
-            e.store_rounded(product, e.add(out, e.mul(loop.index, I64(_BYTES))))
+        def emit(e, gates, values, out, blocks):
+            one, zero, to_base_2 = e.constant(1.0), e.constant(0.0), e.constant(-math.log2(math.e))
+            with cgutils.for_range(e.builder, blocks) as loop:
+                x = _load(e, gates, loop.index)
+                at = argument(e, x)
+                power = e.exp2(e.fmul(e.call("llvm.fabs.v16f32", FLOATS, at), to_base_2))  # exp(-|at|)
+                above = e.builder.select(e.builder.fcmp_unordered(">=", at, zero), one, power)
+                active = e.fmul(x, e.builder.fdiv(above, e.fadd(one, power)))
+                product = e.fmul(_rounded(e, active), _load(e, values, loop.index))
+                e.store_rounded(product, e.add(out, e.mul(loop.index, I64(_BYTES))))
 
-    return procedure(emit, gates, values, out, blocks)
+        return procedure(emit, gates, values, out, blocks)
+
+    return function
+
+
+def _gelu_argument(e, x):
+    """gelu(x) = x / 2 * (1 + tanh(y)) = x * sigmoid(2 * y) with y = sqrt(2 / pi) * (x + 0.044715 * x ** 3) (arXiv
+    1606.08415)."""
+    scale = 2 * math.sqrt(2 / math.pi)
+    inner = e.multiply_add(e.fmul(x, x), e.constant(0.044715 * scale), e.constant(scale))
+    return e.fmul(x, inner)
+
+
+gate_by_silu, gate_by_gelu = _gate(lambda e, x: x), _gate(_gelu_argument)
 
 
 @intrinsic

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from stemcache.kernels.plan import AttentionPlan
 from stemcache.kernels.products import PairProduct
 from stemcache.kernels.stages import Stage, run_stages
 
+Activation = Literal["silu", "gelu_tanh"]
 LANES: Final = 16
 """Numbers of a vector."""
 _BLOCK: Final = 4 << 10
@@ -36,7 +37,7 @@ class NormJob(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "weight", "out", "n_rows", "heads", "width")),
-        *((name, ctypes.c_int64) for name in ("stride", "block", "taken")),
+        *((name, ctypes.c_int64) for name in ("stride", "block", "taken", "is_above_one")),
         ("epsilon", ctypes.c_double),
     ]
 
@@ -54,13 +55,25 @@ class RotationJob(ctypes.Structure):
 class GateJob(ctypes.Structure):
     """rows and out (bfloat16) are addresses. A row is `width` gates and as many values."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "out", "n_rows", "width", "block", "taken")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "out", "n_rows", "width", "block", "taken", "is_gelu")]
 
 
 class SumJob(ctypes.Structure):
     """first, second and out (bfloat16) are addresses of `count` numbers."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("first", "second", "out", "count", "block", "taken")]
+
+
+class Norm(NamedTuple):
+    """weight * (row / sqrt(mean(row ** 2) + epsilon)) (RMSNorm, arXiv 1910.07467), the quotient rounded first.
+
+    weight: [width]. is_above_one: the weights are given as what they are above one, and only the result is rounded
+    (Gemma's).
+    """
+
+    weight: Tensor
+    epsilon: float
+    is_above_one: bool = False
 
 
 class LayerStages:
@@ -79,16 +92,14 @@ class LayerStages:
             run_stages(self._stages, self._threads)
             self._stages = []
 
-    def norm(self, rows: Tensor, weight: Tensor, epsilon: float, *, in_place: bool = False) -> Tensor:
-        """weight * (row / sqrt(mean(row ** 2) + epsilon)) (arXiv 1910.07467), the quotient rounded first.
-
-        rows: [T, width]; or [T, heads, width], each head by itself, and rows may lie apart. weight: [width]. Returns
-        rows, overwritten, or a tensor like them.
-        """
+    def norm(self, rows: Tensor, norm: Norm, *, in_place: bool = False) -> Tensor:
+        """rows: [T, width]; or [T, heads, width], each head by itself, and rows may lie apart. Returns rows,
+        overwritten, or a tensor like them."""
         out = rows if in_place else torch.empty_like(rows)
         heads, width = rows.shape[1] if rows.dim() == 3 else 1, _whole(rows.shape[-1])
         sizes = rows.shape[0], heads, width, 2 * rows.stride(0), _rows(heads * width), 0
-        self._add(0, NormJob(rows.data_ptr(), weight.data_ptr(), out.data_ptr(), *sizes, epsilon), rows, weight, out)
+        at = rows.data_ptr(), norm.weight.data_ptr(), out.data_ptr()
+        self._add(0, NormJob(*at, *sizes, norm.is_above_one, norm.epsilon), rows, norm, out)
         return out
 
     def rotate_and_append(
@@ -115,11 +126,13 @@ class LayerStages:
         self._add(1, job, heads, turn, pool_layer, plan)
         return heads[:, :q_heads]
 
-    def gate(self, rows: Tensor) -> Tensor:
-        """silu(gates) * values (arXiv 2002.05202), silu rounded first. rows: [T, 2 * width], gates and values."""
+    def gate(self, rows: Tensor, activation: Activation) -> Tensor:
+        """activation(gates) * values (arXiv 2002.05202), the activation rounded first. rows: [T, 2 * width], gates and
+        values. Returns [T, width]."""
         n_rows, width = rows.shape[0], _whole(rows.shape[1] // 2)
         out = rows.new_empty((n_rows, width))
-        self._add(2, GateJob(rows.data_ptr(), out.data_ptr(), n_rows, width, _rows(width), 0), rows, out)
+        job = GateJob(rows.data_ptr(), out.data_ptr(), n_rows, width, _rows(width), 0, activation == "gelu_tanh")
+        self._add(2, job, rows, out)
         return out
 
     def add(self, rows: Tensor, to: Tensor) -> Tensor:
@@ -138,15 +151,23 @@ class LayerStages:
         return compute(rows)
 
     def attend(
-        self, query: Tensor, pool_layer: Tensor, plan: AttentionPlan, *, scale: float, window: int | None
+        self,
+        query: Tensor,
+        pool_layer: Tensor,
+        plan: AttentionPlan,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """As `kernels.attention.attend` on a CPU: stages if they are there for it; else all is computed now."""
-        if fused.serves(query, scale=scale, softcap=None):
-            out, stages = fused.stages(query, pool_layer, plan, self._threads, scale=scale, window=window)
+        if fused.serves(query, scale=scale, softcap=softcap):
+            out, stages = fused.stages(query, pool_layer, plan, self._threads, scale=scale, window=window, sinks=sinks)
             self._stages += stages
             return out
         self.run()
-        return cpu.attend(query, pool_layer, plan, scale=scale, window=window)
+        return cpu.attend(query, pool_layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
     def _add(self, function: int, job: ctypes.Structure, *kept: object) -> None:
         self._stages.append(Stage(_functions()[function], ctypes.addressof(job), (job, kept)))

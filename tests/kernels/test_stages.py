@@ -12,11 +12,12 @@ import torch
 from pairs import needs_pairs
 from torch import Tensor
 from torch.nn import functional
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from stemcache.kernels import fused, products
 from stemcache.kernels.attention import append_kv, attend
-from stemcache.kernels.layer_parts import LayerStages
+from stemcache.kernels.layer_parts import Activation, LayerStages, Norm
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
 
 pytestmark = needs_pairs
@@ -35,21 +36,24 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def assert_near(actual: Tensor, expected: Tensor, *, differing: float = 0.01) -> None:
-    """Equal but for a few numbers, which are off by one in the last of bfloat16's eight bits, or two of such."""
-    torch.testing.assert_close(actual, expected, rtol=2**-6, atol=1e-6)
-    assert float((actual != expected).float().mean()) <= differing
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for a few numbers, which are off by one in the last of bfloat16's eight bits, or two of such; and where
+    one is next to nothing, as PyTorch takes the tails of gelu from a difference of ones."""
+    torch.testing.assert_close(actual, expected, rtol=2**-6, atol=1e-5)
+    off = (actual != expected) & (expected.abs() > 0.1)
+    assert int(off.sum()) <= 2 + off.numel() // 100
 
 
 @ROWS
 @pytest.mark.parametrize("width", [16, 96, 576, 4096])
-def test_norm(n_rows: int, width: int, threads: int) -> None:
-    theirs = LlamaRMSNorm(width, eps=1e-5).bfloat16()
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma3RMSNorm])
+def test_norm(kind: Callable[..., Any], n_rows: int, width: int, threads: int) -> None:
+    theirs = kind(width, eps=1e-5).bfloat16()
     theirs.weight.data = random(width, seed=1)
     rows = 3 * random(n_rows, width)
     rows[0] *= 1e-3  # where epsilon matters
     stages = LayerStages()
-    out = stages.norm(rows, theirs.weight.data, 1e-5)
+    out = stages.norm(rows, Norm(theirs.weight.data, 1e-5, kind is Gemma3RMSNorm))
     stages.run()
     assert_near(out, theirs(rows))
 
@@ -61,7 +65,7 @@ def test_norm_of_heads_leaves_what_is_between_them(n_rows: int, threads: int) ->
     rows = random(n_rows, 7, 32)
     expected = torch.cat([rows[:, :1], theirs(rows[:, 1:4]), rows[:, 4:]], 1)
     stages = LayerStages()
-    stages.norm(rows[:, 1:4], theirs.weight.data, 1e-6, in_place=True)
+    stages.norm(rows[:, 1:4], Norm(theirs.weight.data, 1e-6), in_place=True)
     stages.run()
     assert_near(rows, expected)
 
@@ -100,8 +104,8 @@ def test_widths_that_fill_no_vectors_are_an_error() -> None:
     plan = AttentionPlan.build([SequenceRows(np.zeros(1, dtype=np.int32), 0, 3)], chunk_tokens=16)
     stages = LayerStages()
     for ask in (
-        lambda: stages.norm(random(3, 24), random(24), 1e-5),
-        lambda: stages.gate(random(3, 48)),
+        lambda: stages.norm(random(3, 24), Norm(random(24), 1e-5)),
+        lambda: stages.gate(random(3, 48), "silu"),
         lambda: stages.add(random(3, 24), random(3, 24)),
         lambda: stages.rotate_and_append(random(3, 3, 16), None, torch.zeros(2, 1, 1, 16, 16).bfloat16(), plan),
     ):
@@ -112,14 +116,19 @@ def test_widths_that_fill_no_vectors_are_an_error() -> None:
 
 @ROWS
 @pytest.mark.parametrize("width", [16, 1536])
-def test_gate(n_rows: int, width: int, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("activation", "function"), [("silu", functional.silu), ("gelu_tanh", partial(functional.gelu, approximate="tanh"))]
+)
+def test_gate(
+    activation: Activation, function: Callable[[Tensor], Tensor], n_rows: int, width: int, threads: int
+) -> None:
     rows = 4 * random(n_rows, 2 * width)
     rows[0, :8] = torch.tensor([0.0, -0.0, 80.0, -80.0, 200.0, -200.0, 1e-30, -3e38])
     gates, values = rows.chunk(2, -1)
     stages = LayerStages()
-    out = stages.gate(rows)
+    out = stages.gate(rows, activation)
     stages.run()
-    assert_near(out, functional.silu(gates) * values)
+    assert_near(out, function(gates) * values)
 
 
 @ROWS
@@ -135,7 +144,7 @@ def test_sum(n_rows: int, threads: int) -> None:
 def test_what_is_not_a_number_stays_in_its_row(threads: int) -> None:
     rows, stages = random(9, 64), LayerStages()
     rows[4, 60] = float("nan")
-    normal, gated = stages.norm(rows, random(64, seed=1), 1e-5), stages.gate(rows)
+    normal, gated = stages.norm(rows, Norm(random(64, seed=1), 1e-5)), stages.gate(rows, "silu")
     stages.run()
     assert torch.equal(normal.isnan().any(1), torch.arange(9) == 4)
     assert torch.equal(gated.isnan(), (torch.arange(9) == 4)[:, None] & (torch.arange(32) == 28))
@@ -164,15 +173,15 @@ def test_products_and_attention_are_stages_or_computed_at_once(
 ) -> None:
     for module in (products, fused):
         monkeypatch.setattr(module, "is_preferred", lambda: is_compiled)
-    weight, rows, norm = random(96, 64), random(5, 64, seed=1), random(64, seed=2)
+    weight, rows, norm = random(96, 64), random(5, 64, seed=1), Norm(random(64, seed=2), 1e-5)
     compute = products.packed(weight, None) if is_compiled else partial(functional.linear, weight=weight)
     batch = batches([SequenceRows(np.array([3, 1], dtype=np.int32), 20, 25)], chunk_tokens=16, dtype=torch.bfloat16)
     stages = LayerStages()
-    out = stages.product(compute, stages.norm(rows, norm, 1e-5))
+    out = stages.product(compute, stages.norm(rows, norm))
     attended = stages.attend(batch.query, batch.pool, batch.plan, scale=batch.scale, window=None)
     stages.run()
     alone = LayerStages()
-    normal = alone.norm(rows, norm, 1e-5)
+    normal = alone.norm(rows, norm)
     alone.run()
     torch.testing.assert_close(out, functional.linear(normal, weight), rtol=1e-2, atol=1e-2)
     expected = attend(batch.query, batch.pool, batch.plan, scale=batch.scale, backend="reference")
