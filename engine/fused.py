@@ -4,8 +4,8 @@ Invariant: a fused model computes what it computed before, and its parameters ha
 lie next to each other in memory, and nothing is held twice.
 
 On a CPU a product with a few rows costs about as much to begin as to compute: with one sequence of SmolLM2-135M's shape
-in bfloat16 the 211 products of a step take 49 ms, the 121 fused ones 40 (two cores; benchmarks/decode.py). Rejected:
-rewriting the families' attention and MLP, as transformers' own are what we serve.
+in bfloat16 the 211 products of a step take 49 ms, the 121 fused ones 40 (two cores; benchmarks/decode.py). The layers
+themselves know nothing of it; where `engine.compiled_layers` takes their place, it asks for the product at once.
 """
 
 from __future__ import annotations
