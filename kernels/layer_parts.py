@@ -79,7 +79,8 @@ class Norm(NamedTuple):
 class LayerStages:
     """A layer's stages, written down as their results are asked for: the numbers are there after `run`.
 
-    Methods raise ValueError for widths, and halves of heads, that are no multiples of 16.
+    Methods raise ValueError for widths, and halves of heads, that are no multiples of 16, and for tensors that do not
+    fit each other: the kernels would read and write past their ends.
     """
 
     def __init__(self) -> None:
@@ -95,6 +96,8 @@ class LayerStages:
     def norm(self, rows: Tensor, norm: Norm, *, in_place: bool = False) -> Tensor:
         """rows: [T, width]; or [T, heads, width], each head by itself, and rows may lie apart. Returns rows,
         overwritten, or a tensor like them."""
+        if norm.weight.shape != rows.shape[-1:] or norm.weight.dtype != rows.dtype:
+            raise ValueError(f"weights {_kind(norm.weight)} are no norm's of rows {_kind(rows)}")
         out = rows if in_place else torch.empty_like(rows)
         heads, width = rows.shape[1] if rows.dim() == 3 else 1, _whole(rows.shape[-1])
         sizes = rows.shape[0], heads, width, 2 * rows.stride(0), _rows(heads * width), 0
@@ -110,13 +113,15 @@ class LayerStages:
         heads: [T, q_heads + 2 * kv_heads, head_dim], contiguous: queries, which are overwritten, keys and values.
         turn: cosines and sines, each [T, head_dim], contiguous; None turns nothing. Products with them are rounded.
         pool_layer: [2, kv_heads, chunks, chunk_tokens, head_dim], contiguous.
-        Returns the queries, a view [T, q_heads, head_dim]. Raises ValueError for other cosines and sines.
+        Returns the queries, a view [T, q_heads, head_dim].
         """
         _, kv_heads, _, _, head_dim = pool_layer.shape
         _whole(head_dim // 2)
+        if heads.shape[0] != plan.n_rows or heads.shape[2] != head_dim or heads.dtype != pool_layer.dtype:
+            raise ValueError(f"heads {_kind(heads)} do not fit {plan.n_rows} rows and a pool {_kind(pool_layer)}")
         for part in turn or ():
             if part.shape != (plan.n_rows, head_dim) or part.dtype != heads.dtype or not part.is_contiguous():
-                raise ValueError(f"a head of {head_dim} is not turned by {part.dtype} {tuple(part.shape)}")
+                raise ValueError(f"heads {_kind(heads)} are not turned by {_kind(part)}")
         q_heads = heads.shape[1] - 2 * kv_heads
         at = heads.data_ptr(), *((part.data_ptr() for part in turn) if turn else (0, 0))
         slots = plan.derived(("slots",), lambda: plan.token_slots.ctypes.data)
@@ -138,6 +143,8 @@ class LayerStages:
     def add(self, rows: Tensor, to: Tensor) -> Tensor:
         """to += rows, both of one shape. Returns `to`."""
         _whole(rows.shape[-1])
+        if rows.shape != to.shape or rows.dtype != to.dtype:
+            raise ValueError(f"rows {_kind(rows)} cannot be added to {_kind(to)}")
         self._add(3, SumJob(rows.data_ptr(), to.data_ptr(), to.data_ptr(), to.numel(), _BLOCK, 0), rows, to)
         return to
 
@@ -178,6 +185,10 @@ def _whole(width: int) -> int:
     if width % LANES:
         raise ValueError(f"the parts of a layer take multiples of {LANES} numbers, not {width}")
     return width
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _rows(width: int) -> int:

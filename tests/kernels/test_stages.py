@@ -92,12 +92,22 @@ def test_rotation(q_heads: int, kv_heads: int, head_dim: int, turns: bool, n_row
     assert torch.equal(pool, expected)
 
 
-def test_cosines_of_another_shape_or_dtype_are_an_error() -> None:
+def test_tensors_that_do_not_fit_each_other_are_an_error() -> None:
     plan = AttentionPlan.build([SequenceRows(np.zeros(1, dtype=np.int32), 0, 3)], chunk_tokens=16)
-    heads, pool, part = random(3, 3, 64), torch.zeros(2, 1, 1, 16, 64).bfloat16(), random(3, 64)
+    heads, pool, part, stages = random(3, 3, 64), torch.zeros(2, 1, 1, 16, 64).bfloat16(), random(3, 64), LayerStages()
     for wrong in (random(3, 32), random(2, 64), random(64, 3).T, part.float()):
-        with pytest.raises(ValueError, match="a head of 64 is not turned by"):
-            LayerStages().rotate_and_append(heads, (part, wrong), pool, plan)
+        with pytest.raises(ValueError, match=r"heads bfloat16 \[3, 3, 64\] are not turned by"):
+            stages.rotate_and_append(heads, (part, wrong), pool, plan)
+    for other in (random(2, 3, 64), random(3, 3, 32), heads.float()):
+        with pytest.raises(ValueError, match=r"do not fit 3 rows and a pool bfloat16 \[2, 1, 1, 16, 64\]"):
+            stages.rotate_and_append(other, None, pool, plan)
+    for weight in (random(32), random(64).float(), random(1, 64)):
+        with pytest.raises(ValueError, match=r"are no norm's of rows bfloat16 \[3, 64\]"):
+            stages.norm(part, Norm(weight, 1e-5))
+    for rows in (random(2, 64), part.float()):
+        with pytest.raises(ValueError, match=r"cannot be added to bfloat16 \[3, 64\]"):
+            stages.add(rows, to=part)
+    stages.run()  # nothing
 
 
 def test_widths_that_fill_no_vectors_are_an_error() -> None:
