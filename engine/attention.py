@@ -6,7 +6,7 @@ Invariant: every argument that a model passes to its attention is honoured or re
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -25,14 +25,13 @@ _IMMATERIAL = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionOptions:
-    """What a layer asks of its attention besides rows; meaning as in `kernels.attention.attend`."""
+class AttentionOptions(TypedDict):
+    """What a layer asks of its attention besides rows: arguments of `kernels.attention.attend`."""
 
     scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +44,7 @@ class StepContext:
 
     def attend(self, layer: int, query: Tensor, options: AttentionOptions) -> Tensor:
         """Attention of a layer, whose keys are in the pool. query and result: [T, q_heads, head_dim]."""
-        return attend(
-            query,
-            self.pool.layer(layer),
-            self.plan,
-            scale=options.scale,
-            window=options.window,
-            softcap=options.softcap,
-            sinks=options.sinks,
-            backend=self.backend,
-        )
+        return attend(query, self.pool.layer(layer), self.plan, **options, backend=self.backend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,5 +91,5 @@ def _attention(
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
     append_kv(step.pool.layer(layer), key[0].transpose(0, 1), value[0].transpose(0, 1), step.plan, backend=step.backend)
-    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+    options = AttentionOptions(scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
     return step.attend(layer, query[0].transpose(0, 1), options)[None], None

@@ -6,8 +6,8 @@ rounding. Modules, parameters and their names stay; all that changes is what a l
 What a layer consists of is read off its parts (`layer_form`); what it asks of its attention (scale, window) is heard
 during the trial, as families keep it under different names. Layers of a form that is not known stay as they are.
 
-Rejected: families by name, whose layers a new version of transformers can change under us; replacing norms and MLPs as
-modules, since half of the time goes on the way from one to the next.
+Rejected: families by name, whose layers a new version of transformers can change under us; a call for each part, with
+which a step of one sequence took 0.83 of the time where one for a layer takes 0.73.
 """
 
 from __future__ import annotations
@@ -61,16 +61,7 @@ class CompiledLayer:
             stages.norm(heads[:, -2 * kv_heads : -kv_heads], of_keys, in_place=True)
         cos, sin = rotation
         queries = stages.rotate_and_append(heads, (cos[0], sin[0]) if form.rotates else None, pool_layer, step.plan)
-        asked = self._options
-        return stages.attend(
-            queries,
-            pool_layer,
-            step.plan,
-            scale=asked.scale,
-            window=asked.window,
-            softcap=asked.softcap,
-            sinks=asked.sinks,
-        )
+        return stages.attend(queries, pool_layer, step.plan, **self._options)
 
     def __deepcopy__(self, _: dict[int, object]) -> CompiledLayer:
         return self  # nothing of it changes

@@ -107,7 +107,7 @@ def compiled():
             if first >= job.count:
                 break
             blocks = (min(first + job.block, job.count) - first) // LANES
-            add(job.first + 2 * first, job.second + 2 * first, job.out + 2 * first, blocks)
+            add(job.rows + 2 * first, job.to + 2 * first, blocks)
 
     return (
         c_function(np.dtype(NormJob), normalise_rows),

@@ -112,12 +112,12 @@ gate_by_silu, gate_by_gelu = _gate(lambda e, x: x), _gate(_gelu_argument)
 
 
 @intrinsic
-def add(context, first, second, out, blocks):
-    """out = first + second. out may be one of the two."""
+def add(context, rows, to, blocks):
+    """to += rows."""
 
-    def emit(e, first, second, out, blocks):
+    def emit(e, rows, to, blocks):
         with cgutils.for_range(e.builder, blocks) as loop:
-            total = e.fadd(_load(e, first, loop.index), _load(e, second, loop.index))
-            e.store_rounded(total, e.add(out, e.mul(loop.index, I64(_BYTES))))
+            total = e.fadd(_load(e, rows, loop.index), _load(e, to, loop.index))
+            e.store_rounded(total, e.add(to, e.mul(loop.index, I64(_BYTES))))
 
-    return procedure(emit, first, second, out, blocks)
+    return procedure(emit, rows, to, blocks)

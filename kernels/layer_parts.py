@@ -59,9 +59,9 @@ class GateJob(ctypes.Structure):
 
 
 class SumJob(ctypes.Structure):
-    """first, second and out (bfloat16) are addresses of `count` numbers."""
+    """rows and to (bfloat16) are addresses of `count` numbers."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("first", "second", "out", "count", "block", "taken")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "to", "count", "block", "taken")]
 
 
 class Norm(NamedTuple):
@@ -143,9 +143,9 @@ class LayerStages:
     def add(self, rows: Tensor, to: Tensor) -> Tensor:
         """to += rows, both of one shape. Returns `to`."""
         _whole(rows.shape[-1])
-        if rows.shape != to.shape or rows.dtype != to.dtype:
+        if rows.shape != to.shape or rows.dtype != to.dtype or not to.is_contiguous():
             raise ValueError(f"rows {_kind(rows)} cannot be added to {_kind(to)}")
-        self._add(3, SumJob(rows.data_ptr(), to.data_ptr(), to.data_ptr(), to.numel(), _BLOCK, 0), rows, to)
+        self._add(3, SumJob(rows.data_ptr(), to.data_ptr(), to.numel(), _BLOCK, 0), rows, to)
         return to
 
     def product(self, compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

@@ -104,9 +104,9 @@ def test_tensors_that_do_not_fit_each_other_are_an_error() -> None:
     for weight in (random(32), random(64).float(), random(1, 64)):
         with pytest.raises(ValueError, match=r"are no norm's of rows bfloat16 \[3, 64\]"):
             stages.norm(part, Norm(weight, 1e-5))
-    for rows in (random(2, 64), part.float()):
+    for rows, to in ((random(2, 64), part), (part.float(), part), (part, random(64, 3).T)):
         with pytest.raises(ValueError, match=r"cannot be added to bfloat16 \[3, 64\]"):
-            stages.add(rows, to=part)
+            stages.add(rows, to=to)
     stages.run()  # nothing
 
 
