@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from stemcache.engine.errors import ModelLoadError
 from stemcache.kernels.attention import Backend, append_kv, attend
+from stemcache.kernels.layer_memory import LayerMemory
 from stemcache.kernels.plan import AttentionPlan
 from stemcache.prefixtree.pool import KVPool
 
@@ -36,11 +37,15 @@ class AttentionOptions(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What one forward pass hands to its attention layers through the model's keyword arguments."""
+    """What one forward pass hands to its layers through the model's keyword arguments.
+
+    memory: of layers that are compiled.
+    """
 
     plan: AttentionPlan
     pool: KVPool
     backend: Backend
+    memory: LayerMemory
 
     def attend(self, layer: int, query: Tensor, options: AttentionOptions) -> Tensor:
         """Attention of a layer, whose keys are in the pool. query and result: [T, q_heads, head_dim]."""

@@ -7,7 +7,7 @@ What a layer consists of is read off its parts (`layer_form`); what it asks of i
 during the trial, as families keep it under different names. Layers of a form that is not known stay as they are.
 
 Rejected: families by name, whose layers a new version of transformers can change under us; a call for each part, with
-which a step of one sequence took 0.83 of the time where one for a layer takes 0.73.
+which a step of one sequence took 0.83 of the time where one for a layer took 0.73.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from stemcache.engine.attention import AttentionOptions, ListeningStep, StepContext
 from stemcache.engine.layer_form import GatedMLP, LayerForm, OtherFormError
 from stemcache.kernels.bfloat16_pairs import can_run
-from stemcache.kernels.layer_parts import LayerStages, Norm
+from stemcache.kernels.layer_memory import MOST_ROWS
+from stemcache.kernels.layer_parts import LayerStages, Norm, Turn
 
 TOLERANCE: Final = 0.005
 """The most by which a trial's results may differ: root mean square of the differences, in parts of that of what the
@@ -39,19 +40,30 @@ class CompiledLayer:
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], step: StepContext, **_: Any
     ) -> Tensor:
         """hidden_states: bfloat16 [1, T, width]. Returns the same shape. Other arguments mean nothing to the form."""
-        form, stages, rows = self._form, LayerStages(), hidden_states[0].contiguous()
-        attended = self._attend(stages, stages.norm(rows, form.before_attention), position_embeddings, step)
+        rows, n_rows = hidden_states[0], hidden_states.shape[1]  # a tensor's len() takes a function in Python
+        turn = position_embeddings if self._form.rotates else None
+        written = step.memory.written(self, n_rows)
+        if written is not None:
+            return written.repeat(rows, turn, step.plan)[None]
+        if n_rows > MOST_ROWS:
+            return self._write(LayerStages(), rows, turn, step)[None]
+        stages = LayerStages(step.memory)
+        result = self._write(stages, rows, turn, step)
+        step.memory.keep(self, stages, n_rows)
+        return result[None]
+
+    def _write(self, stages: LayerStages, rows: Tensor, turn: Turn | None, step: StepContext) -> Tensor:
+        form, rows = self._form, stages.begin(rows)
+        attended = self._attend(stages, stages.norm(rows, form.before_attention), turn, step)
         rows = _sum(stages, rows, stages.product(form.out, attended.flatten(1)), form.after_attention)
         added, mlp = stages.norm(rows, form.before_mlp), form.mlp
         if isinstance(mlp, GatedMLP):
             added = stages.product(mlp.down, stages.gate(stages.product(mlp.gate_up, added), mlp.activation))
         else:
             added = stages.product(mlp, added)
-        rows = _sum(stages, rows, added, form.after_mlp)
-        stages.run()
-        return rows[None]
+        return stages.end(_sum(stages, rows, added, form.after_mlp))
 
-    def _attend(self, stages: LayerStages, rows: Tensor, rotation: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
+    def _attend(self, stages: LayerStages, rows: Tensor, turn: Turn | None, step: StepContext) -> Tensor:
         form, pool_layer = self._form, step.pool.layer(self._form.index)
         heads = stages.product(form.qkv, rows).view(len(rows), -1, form.head_dim)
         if form.head_norms:
@@ -59,8 +71,7 @@ class CompiledLayer:
             kv_heads = pool_layer.shape[1]
             stages.norm(heads[:, : -2 * kv_heads], of_queries, in_place=True)
             stages.norm(heads[:, -2 * kv_heads : -kv_heads], of_keys, in_place=True)
-        cos, sin = rotation
-        queries = stages.rotate_and_append(heads, (cos[0], sin[0]) if form.rotates else None, pool_layer, step.plan)
+        queries = stages.rotate_and_append(heads, turn, pool_layer, step.plan)
         return stages.attend(queries, pool_layer, step.plan, **self._options)
 
     def __deepcopy__(self, _: dict[int, object]) -> CompiledLayer:
@@ -85,7 +96,7 @@ class _Trial:
     def __call__(self, hidden_states: Tensor, *, step: StepContext, **others: Any) -> Tensor:
         if step.backend != "cpu" or hidden_states.dtype != torch.bfloat16 or not can_run():
             return self._theirs(hidden_states, step=step, **others)  # type: ignore[no-any-return]
-        listening = ListeningStep(step.plan, step.pool, step.backend)
+        listening = ListeningStep(step.plan, step.pool, step.backend, step.memory)
         expected: Tensor = self._theirs(hidden_states, step=listening, **others)
         try:
             compiled = CompiledLayer(LayerForm.of(self._layer), *listening.heard)

@@ -23,6 +23,7 @@ from stemcache.engine.movable import inverse_frequencies
 from stemcache.engine.packed import pack_weights
 from stemcache.engine.scheduler import Scheduled
 from stemcache.kernels.attention import Backend, backend_for, triton_backend
+from stemcache.kernels.layer_memory import LayerMemory
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
 from stemcache.kernels.triton_metadata import gpu_sharing
 from stemcache.prefixtree.layout import KVLayout
@@ -70,6 +71,7 @@ class ModelRunner:
         )
         self.pool = KVPool(self.layout, self.layout.chunks_in(pool_bytes), self.device)
         self._backend = backend_for(self.device, backend)
+        self._memory = LayerMemory()
         on_triton = self._backend == "triton"
         self._sharing = gpu_sharing(group=self._q_heads // self.layout.kv_heads) if on_triton else None
         self.graphs = self._make_graphs(max_running) if on_triton else None
@@ -141,7 +143,7 @@ class ModelRunner:
             position_ids=positions,
             use_cache=False,
             logits_to_keep=wanted,
-            step=StepContext(plan, self.pool, self._backend),
+            step=StepContext(plan, self.pool, self._backend, self._memory),
         ).logits
         return logits[0].float()
 

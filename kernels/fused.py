@@ -9,6 +9,7 @@ processors with AMX, whose tiles MKL does use: there the flash kernel stays (`ke
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import e, log2
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from stemcache.kernels.bfloat16_pairs import is_preferred
 from stemcache.kernels.fused_units import PACKED_ROWS, Units, cut
 from stemcache.kernels.plan import AttentionPlan
-from stemcache.kernels.stages import Stage, run_stages
+from stemcache.kernels.stages import Job, Stages
 
 
 def serves(query: Tensor, *, scale: float, softcap: float | None) -> bool:
@@ -45,67 +46,93 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Shapes and meaning as in `kernels.attention.attend`, for what `serves` says yes to."""
-    threads = torch.get_num_threads()
-    out, found = stages(query, pool_layer, plan, threads, scale=scale, window=window, sinks=sinks)
-    run_stages(found, threads)
+    threads, stages = torch.get_num_threads(), Stages()
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    renew = add_to(stages, query, out, pool_layer, threads, scale=scale, window=window, sinks=sinks)
+    renew(plan)
+    stages.run(threads)
     return out
 
 
-class AttentionJob(ctypes.Structure):
-    """A layer's work. query, pool, out, sinks (0: none), counters (int64[4], two for each function) and the arrays are
-    addresses, query_row, query_head, side (from keys to values) and head_side (from a KV head to the next) strides in
-    bytes. window: 0 if none. scale: log2(e) included."""
+class AttentionJob(Job):
+    """A layer's work. query, pool, out, sinks (0: none) and the arrays are addresses, query_row, query_head, side (from
+    keys to values) and head_side (from a KV head to the next) strides in bytes. scale: log2(e) included. The counters
+    are of units, threads that attend, rows to merge, and threads that merge.
+
+    What a plan decides begins with chunk_tokens. window: 0 if none.
+    """
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("query", "query_row", "query_head", "pool", "side", "head_side")),
-        *((name, ctypes.c_int64) for name in ("out", "sinks", "kv_heads", "group", "head_dim", "chunk_tokens")),
-        *((name, ctypes.c_int64) for name in ("window", "counters", "scratch", "scratch_size", "width")),
+        *((name, ctypes.c_int64) for name in ("counters", "query", "query_row", "query_head")),
+        *((name, ctypes.c_int64) for name in ("pool", "side", "head_side")),
+        *((name, ctypes.c_int64) for name in ("out", "sinks", "kv_heads", "group", "head_dim")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("chunk_tokens", "window", "scratch", "scratch_size", "width")),
         *((name, ctypes.c_int64) for name in ("partials", "maxima", "sums", "n_units", "units", "rows")),
         *((name, ctypes.c_int64) for name in ("positions", "chunks", "n_merged", "merged_rows", "merged_begin")),
         ("merged_partials", ctypes.c_int64),
-        ("scale", ctypes.c_double),
     ]
 
+    def follow(self, planned: AttentionJob) -> None:
+        """Take over what a plan decides, in 0.3 us instead of one for each three fields."""
+        begin = AttentionJob.chunk_tokens.offset
+        ctypes.memmove(
+            ctypes.addressof(self) + begin, ctypes.addressof(planned) + begin, ctypes.sizeof(AttentionJob) - begin
+        )
 
-def stages(
+
+def add_to(
+    stages: Stages,
     query: Tensor,
+    out: Tensor,
     pool_layer: Tensor,
-    plan: AttentionPlan,
     threads: int,
     *,
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, list[Stage]]:
-    """What `attend` returns, and the stages that compute it. A plan's are for one run at a time."""
+) -> Callable[[AttentionPlan], None]:
+    """Write down what `attend` does, but for the plan. out: [T, q_heads, head_dim], contiguous.
+
+    Returns a function that is to be called with the plan of a run before it; the plan must stay until its end.
+    """
     from stemcache.kernels.fused_kernel import compiled
 
-    if window is not None and window > int(plan.positions.max()):
-        window = None
+    assert out.is_contiguous()
     _, kv_heads, _, _, head_dim = pool_layer.shape
     group = query.shape[1] // kv_heads
-    key = ("fused", window, group, kv_heads, head_dim, threads)
-    work = plan.derived(key, lambda: _Work.of(plan, window, group, kv_heads, head_dim, threads))
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     logits = None if sinks is None else sinks.float() * log2(e)
-    job = work.job
-    job.query, job.pool, job.out = query.data_ptr(), pool_layer.data_ptr(), out.data_ptr()
-    job.query_row, job.query_head = query.stride(0) * 2, query.stride(1) * 2
-    job.side, job.head_side = pool_layer.stride(0) * 2, pool_layer.stride(1) * 2
-    job.sinks = 0 if logits is None else logits.data_ptr()
-    job.scale = scale * log2(e)
-    work.counters[:] = 0
-    functions = compiled() if len(work.units.merged_rows) else compiled()[:1]
-    kept = work, query, pool_layer, out, logits
-    return out, [Stage(function.address, ctypes.addressof(job), kept) for function in functions]
+    job = AttentionJob(
+        query=query.data_ptr(),
+        query_row=query.stride(0) * 2,
+        query_head=query.stride(1) * 2,
+        pool=pool_layer.data_ptr(),
+        side=pool_layer.stride(0) * 2,
+        head_side=pool_layer.stride(1) * 2,
+        out=out.data_ptr(),
+        sinks=0 if logits is None else logits.data_ptr(),
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        scale=scale * log2(e),
+    )
+    for function in compiled():  # a plan that has nothing to merge costs the second one's call
+        stages.add(function.address, job, query, out, pool_layer, logits)
+
+    def renew(plan: AttentionPlan) -> None:
+        last = plan.derived(("last position",), lambda: int(plan.positions.max()))
+        reached = None if window is None or window > last else window
+        key = ("fused", reached, group, kv_heads, head_dim, threads)
+        job.follow(plan.derived(key, lambda: _Work.of(plan, reached, group, kv_heads, head_dim, threads)).job)
+
+    return renew
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Work:
-    """A plan's units, the memory that its threads and partial results need, and all that a layer's job says of them."""
+    """A plan's units, the memory that its threads and partial results need, and what a layer's job says of them."""
 
     units: Units
-    counters: NDArray[np.int64]
     job: AttentionJob
     memory: tuple[Tensor, ...]  # what the job's addresses point to
     positions: NDArray[np.int64]
@@ -121,15 +148,10 @@ class _Work:
         size = -(-scratch_size(width, head_dim) // 64) * 64
         results = units.n_partials * kv_heads * group
         memory = torch.empty(threads * size, dtype=torch.uint8), torch.empty(results * (head_dim + 2))
-        counters = np.zeros(4, np.int64)
         partials = memory[1].data_ptr()
         job = AttentionJob(
-            kv_heads=kv_heads,
-            group=group,
-            head_dim=head_dim,
             chunk_tokens=plan.chunk_tokens,
             window=window or 0,
-            counters=counters.ctypes.data,
             scratch=memory[0].data_ptr(),
             scratch_size=size,
             width=width,
@@ -146,4 +168,4 @@ class _Work:
             merged_begin=units.merged_begin.ctypes.data,
             merged_partials=units.merged_partials.ctypes.data,
         )
-        return cls(units, counters, job, memory, plan.positions)
+        return cls(units, job, memory, plan.positions)

@@ -16,15 +16,7 @@ from stemcache.kernels import layer_ops, vector_ops
 from stemcache.kernels.c_functions import c_function, edition
 from stemcache.kernels.layer_ops import add, gate_by_gelu, gate_by_silu, normalise, normalise_above_one, rotate
 from stemcache.kernels.layer_parts import GateJob, NormJob, RotationJob, SumJob
-from stemcache.kernels.product_ops import address_of
 from stemcache.kernels.vector_ops import LANES, memory, take_number
-
-
-def _taken(job):
-    return np.dtype(job).fields["taken"][1]
-
-
-_NORM_TAKEN, _ROTATION_TAKEN, _GATE_TAKEN, _SUM_TAKEN = map(_taken, (NormJob, RotationJob, GateJob, SumJob))
 
 
 @njit
@@ -57,7 +49,7 @@ def compiled():
         _ = text
         job = carray(jobs, 1)[0]
         while True:
-            first = take_number(address_of(jobs) + _NORM_TAKEN) * job.block
+            first = take_number(job.counters) * job.block
             if first >= job.n_rows:
                 break
             for row in range(first, min(first + job.block, job.n_rows)):
@@ -73,7 +65,7 @@ def compiled():
         job = carray(jobs, 1)[0]
         size, blocks = 2 * job.head_dim, job.head_dim // (2 * LANES)
         while True:
-            first = take_number(address_of(jobs) + _ROTATION_TAKEN) * job.block
+            first = take_number(job.counters) * job.block
             if first >= job.n_rows:
                 break
             for row in range(first, min(first + job.block, job.n_rows)):
@@ -89,7 +81,7 @@ def compiled():
         job = carray(jobs, 1)[0]
         size, blocks = 2 * job.width, job.width // LANES
         while True:
-            first = take_number(address_of(jobs) + _GATE_TAKEN) * job.block
+            first = take_number(job.counters) * job.block
             if first >= job.n_rows:
                 break
             for row in range(first, min(first + job.block, job.n_rows)):
@@ -103,7 +95,7 @@ def compiled():
         _ = text
         job = carray(jobs, 1)[0]
         while True:
-            first = take_number(address_of(jobs) + _SUM_TAKEN) * job.block
+            first = take_number(job.counters) * job.block
             if first >= job.count:
                 break
             blocks = (min(first + job.block, job.count) - first) // LANES

@@ -15,17 +15,11 @@ from numba import carray, njit
 
 from stemcache.kernels import product_ops, vector_ops
 from stemcache.kernels.c_functions import c_function, edition
-from stemcache.kernels.product_ops import ROWS_AT_ONCE, address_of, columns_of_32, columns_of_64, dots
-from stemcache.kernels.products import PANEL
+from stemcache.kernels.product_ops import ROWS_AT_ONCE, columns_of_32, columns_of_64, dots
+from stemcache.kernels.products import PANEL, ProductJob
 from stemcache.kernels.vector_ops import LANES, take_number
 
-JOB = np.dtype(
-    [(name, np.int64) for name in ("hidden", "n_rows", "out", "weights", "bias")]
-    + [(name, np.int64) for name in ("inputs", "columns", "panel_bytes", "parts", "block", "taken")]
-)
-"""hidden (bfloat16), out (bfloat16), weights, bias (float32) are addresses. panel_bytes: of a panel of 64 columns, 0
-where the weight is plain. parts: ranges that the columns are cut into. block: rows at a time. taken: 0."""
-_TAKEN = JOB.fields["taken"][1]
+JOB = np.dtype(ProductJob)
 
 
 def _by_rows(functions):
@@ -84,7 +78,7 @@ def compiled():
         job = carray(jobs, 1)[0]
         units, n_parts = job.columns // 32, job.parts * -(-job.n_rows // job.block)
         while True:
-            i = take_number(address_of(jobs) + _TAKEN)
+            i = take_number(job.counters)
             if i >= n_parts:
                 break
             first, part = i // job.parts * job.block, i % job.parts

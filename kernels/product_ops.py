@@ -7,7 +7,6 @@ Invariant: addresses and strides are numbers of bytes; a row's result does not d
 
 from __future__ import annotations
 
-from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -18,12 +17,6 @@ ROWS_AT_ONCE = 4
 """Rows of a block: with 4 vectors these are 16 sums."""
 WEIGHTS_AT_ONCE = 4
 """Rows of a plain weight at once, beside as many rows of the input."""
-
-
-@intrinsic
-def address_of(context, pointer):
-    """A pointer as a number."""
-    return types.int64(pointer), lambda _, builder, __, given: builder.ptrtoint(given[0], I64)
 
 
 def _columns(rows, vectors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from stemcache.engine.compiled_layers import CompiledLayer
 from stemcache.engine.outputs import Completion
 from stemcache.engine.runner import ModelRunner
 from stemcache.kernels import fused, products
+from stemcache.kernels.layer_parts import LayerStages
 
 OF_THE_FORM = sorted(set(FAMILIES) - {"gpt_oss"})
 OF_EXPERTS = ("mixtral", "qwen3_moe")
@@ -157,6 +159,31 @@ def test_another_mlp_is_called_as_it_is(change: Any, monkeypatch: pytest.MonkeyP
     ours, theirs = (completion.logprobs[0] for completion in said)
     assert ours.token_id == theirs.token_id
     assert ours.logprob == pytest.approx(theirs.logprob, abs=0.02)
+
+
+@needs_pairs
+def test_steps_of_as_many_rows_use_what_was_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    repeats = []
+    repeat = LayerStages.repeat
+    monkeypatch.setattr(LayerStages, "repeat", lambda *given: repeats.append(len(given[1])) or repeat(*given))
+    model = models()[0]
+    with served(model) as engine:
+        list(engine.generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)))
+    assert repeats.count(3) >= 2 * 6, repeats  # of eight decode steps, when the last of the three has begun
+
+
+@needs_pairs
+def test_two_engines_over_the_same_model_at_a_time() -> None:
+    """What layers write down belongs to an engine, not to the layer."""
+    model = models()[0]
+    params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+    prompts = [[[i, 6, 7 + j] for j in range(3)] for i in (5, 9)]
+    with served(model) as first, served(model) as second, ThreadPoolExecutor(2) as pool:
+        engines = (first, second)
+        expected = [[c.token_ids for c in e.generate(p, params)] for e, p in zip(engines, prompts, strict=True)]
+        for _ in range(4):
+            said = pool.map(lambda e, p: [c.token_ids for c in e.generate(p, params)], engines, prompts)
+            assert list(said) == expected
 
 
 @needs_pairs

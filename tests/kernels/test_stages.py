@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from stemcache.kernels import fused, products
 from stemcache.kernels.attention import append_kv, attend
+from stemcache.kernels.layer_memory import LayerMemory
 from stemcache.kernels.layer_parts import Activation, LayerStages, Norm
 from stemcache.kernels.plan import AttentionPlan, SequenceRows
 
@@ -99,7 +101,7 @@ def test_tensors_that_do_not_fit_each_other_are_an_error() -> None:
         with pytest.raises(ValueError, match=r"heads bfloat16 \[3, 3, 64\] are not turned by"):
             stages.rotate_and_append(heads, (part, wrong), pool, plan)
     for other in (random(2, 3, 64), random(3, 3, 32), heads.float()):
-        with pytest.raises(ValueError, match=r"do not fit 3 rows and a pool bfloat16 \[2, 1, 1, 16, 64\]"):
+        with pytest.raises(ValueError, match=r"do not fit (3 rows|a pool bfloat16 \[2, 1, 1, 16, 64\])"):
             stages.rotate_and_append(other, None, pool, plan)
     for weight in (random(32), random(64).float(), random(1, 64)):
         with pytest.raises(ValueError, match=r"are no norm's of rows bfloat16 \[3, 64\]"):
@@ -196,3 +198,129 @@ def test_products_and_attention_are_stages_or_computed_at_once(
     torch.testing.assert_close(out, functional.linear(normal, weight), rtol=1e-2, atol=1e-2)
     expected = attend(batch.query, batch.pool, batch.plan, scale=batch.scale, backend="reference")
     torch.testing.assert_close(attended.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one step brings: the input, the angles, and who sees what."""
+
+    rows: Tensor
+    turn: tuple[Tensor, Tensor]
+    plan: AttentionPlan
+
+
+def asked(n_rows: int, seed: int) -> Asked:
+    """Rows of one sequence or of several, with contexts of any length, on chunks of their own or shared ones."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for i in range(n_rows if seed % 2 else 1):
+        new = 1 if seed % 2 else n_rows
+        start = int(rng.integers(0, 500 - new)) if seed % 3 else 320
+        own = rng.permutation(np.arange(20 + 32 * i, 52 + 32 * i))
+        chunks = np.concatenate([np.arange(20), own])[: -(-(start + new) // 16)]
+        sequences.append(SequenceRows(chunks.astype(np.int32), start, start + new))
+    plan = AttentionPlan.build(sequences, chunk_tokens=16)
+    turn = random(1, n_rows, 32, seed=seed + 1), random(1, n_rows, 32, seed=seed + 2)
+    return Asked(random(n_rows, 64, seed=seed), turn, plan)
+
+
+def layer(
+    stages: LayerStages,
+    step: Asked,
+    pool: Tensor,
+    computes: Sequence[Callable[[Tensor], Tensor]],
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """All parts of a layer: 4 heads of 32 on 2 KV heads."""
+    qkv, out, up, down = computes
+    norm, rows = Norm(random(64, seed=9), 1e-5), stages.begin(step.rows)
+    heads = stages.product(qkv, stages.norm(rows, norm)).view(len(rows), 8, 32)
+    stages.norm(heads[:, :4], Norm(random(32, seed=8), 1e-5), in_place=True)
+    queries = stages.rotate_and_append(heads, step.turn, pool, step.plan)
+    attended = stages.attend(queries, pool, step.plan, scale=0.2, window=window, sinks=sinks)
+    rows = stages.add(rows, to=stages.product(out, attended.flatten(1)))
+    added = stages.product(down, stages.gate(stages.product(up, stages.norm(rows, norm)), "silu"))
+    return stages.end(stages.add(rows, to=added))
+
+
+@pytest.mark.parametrize("kind", ["compiled", "onednn", "strided"])
+@pytest.mark.parametrize(("window", "with_sinks"), [(None, False), (40, True)])
+@pytest.mark.parametrize("n_rows", [1, 7])
+def test_a_layer_repeated_is_a_layer_written_down_anew(
+    n_rows: int, window: int | None, with_sinks: bool, kind: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over plans with one unit of work or many, with and without partial results; two layers share the memory."""
+    for module in (products, fused):
+        monkeypatch.setattr(module, "is_preferred", lambda: kind == "compiled")
+    weights = [random(*shape, seed=i) / 8 for i, shape in enumerate([(256, 64), (64, 128), (192, 64), (64, 96)])]
+    computes: list[Callable[[Tensor], Tensor]]
+    if kind == "compiled":
+        computes = [products.packed(weight, None) for weight in weights]
+    else:
+        computes = [partial(functional.linear, weight=weight) for weight in weights]
+        if kind == "strided":  # a result that no view makes flat
+            computes = [lambda rows, own=own: own(rows).T.contiguous().T for own in computes]
+    sinks = random(4, seed=3) if with_sinks else None
+    memory, pools = LayerMemory(), [random(2, 2, 300, 16, 32, seed=i) for i in range(2)]
+    written: list[LayerStages] = []
+    for seed in range(8):
+        step = asked(n_rows, seed)
+        for i, pool in enumerate(pools):
+            expected_pool = pool.clone()
+            expected = layer(LayerStages(), step, expected_pool, computes, window, sinks)
+            if seed == 0:
+                written.append(LayerStages(memory))
+                actual = layer(written[i], step, pool, computes, window, sinks)
+            else:
+                actual = written[i].repeat(step.rows, step.turn, step.plan)
+            assert torch.equal(actual, expected)
+            assert torch.equal(pool, expected_pool)
+
+
+def test_a_result_is_the_callers_own() -> None:
+    computes = [products.packed(random(*s), None) for s in [(256, 64), (64, 128), (192, 64), (64, 96)]]
+    pool, steps, memory = random(2, 2, 300, 16, 32), [asked(3, seed) for seed in (1, 2)], LayerMemory()
+    given = steps[1].rows.clone()
+    stages, results, copies = LayerStages(memory), [], []
+    for compute in (
+        lambda: layer(stages, steps[0], pool, computes, None, None),
+        lambda: stages.repeat(steps[1].rows, steps[1].turn, steps[1].plan),
+        lambda: layer(LayerStages(memory), steps[0], pool, computes, None, None),
+        lambda: stages.repeat(steps[1].rows, steps[1].turn, steps[1].plan),
+    ):
+        results.append(compute())
+        copies.append(results[-1].clone())
+        assert all(map(torch.equal, results, copies))
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+    assert torch.equal(steps[1].rows, given)
+
+
+def test_what_does_not_fit_is_refused_in_a_repeat_too() -> None:
+    computes = [products.packed(random(*s), None) for s in [(256, 64), (64, 128), (192, 64), (64, 96)]]
+    pool, step, other = random(2, 2, 300, 16, 32), asked(3, 1), asked(4, 1)
+    stages = LayerStages(LayerMemory())
+    expected = layer(stages, step, pool, computes, None, None)
+    with pytest.raises(ValueError, match="do not fit 4 rows"):
+        stages.repeat(step.rows, step.turn, other.plan)
+    with pytest.raises(ValueError, match="are not turned by"):
+        stages.repeat(step.rows, other.turn, step.plan)
+    assert torch.equal(stages.repeat(step.rows, step.turn, step.plan), expected)
+
+
+def test_memory_keeps_layers_of_one_number_of_rows_and_threads(threads: int) -> None:
+    memory, stages, other = LayerMemory(), LayerStages(), LayerStages()
+    assert memory.written("first", 3) is None
+    memory.keep("first", stages, 3)
+    memory.keep("second", other, 3)
+    assert (memory.written("first", 3), memory.written("second", 3)) == (stages, other)
+    assert memory.written("first", 2) is None
+    torch.set_num_threads(threads + 1)
+    assert memory.written("first", 3) is None
+    torch.set_num_threads(threads)
+    assert memory.written("first", 3) is stages, "a step of another kind that kept nothing took it away"
+    memory.keep("first", other, 2)
+    assert memory.written("first", 2) is other
+    assert memory.written("second", 2) is None
+    assert memory.written("first", 3) is None
