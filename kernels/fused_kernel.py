@@ -33,6 +33,7 @@ from stemcache.kernels.vector_ops import (
     outputs_of_32,
     outputs_of_64,
     pair_values,
+    prefetch,
     scores_of_16,
     scores_of_32,
     scores_of_48,
@@ -120,10 +121,13 @@ def _hide_scores(own, row, n_rows, position, first, begin, end, stop):
 
 
 @njit
-def _scores(own, vectors, row, width, keys, n_keys, head_dim):
+def _scores(own, vectors, row, width, keys, n_keys, head_dim, following, side):
     stride, queries = 4 * LANES * vectors, own.queries + 4 * row
     for key in range(0, n_keys, KEYS_AT_ONCE):
         at, scores = keys + 2 * head_dim * key, own.scores + stride * key
+        if row == 0:
+            prefetch(following + 2 * head_dim * key, 2 * head_dim * KEYS_AT_ONCE)
+            prefetch(following + side + 2 * head_dim * key, 2 * head_dim * KEYS_AT_ONCE)
         if vectors == 3:
             scores_of_48(queries, 4 * width, at, 2 * head_dim, head_dim // 2, scores, stride)
         elif vectors == 2:
@@ -152,7 +156,7 @@ def _outputs(own, vectors, row, n_rows, pairs, head_dim):
 
 
 @njit
-def _tile(job, unit, own, width, keys, position, begin, end):
+def _tile(job, unit, own, width, keys, following, position, begin, end):
     """All rows of a unit over the keys [begin, end) of a tile whose first key has this position and lies at `keys`."""
     head_dim = job.head_dim
     first, stop = begin // KEYS_AT_ONCE * KEYS_AT_ONCE, -(-end // KEYS_AT_ONCE) * KEYS_AT_ONCE
@@ -167,7 +171,7 @@ def _tile(job, unit, own, width, keys, position, begin, end):
     while row < width:
         left = (width - row) // LANES
         vectors = 2 if left == 4 else min(left, 3)  # 4 as 2 and 2: a single vector waits for its sums
-        _scores(own, vectors, row, width, keys, stop - first, head_dim)
+        _scores(own, vectors, row, width, keys, stop - first, head_dim, following, job.side)
         if masked:
             _hide_scores(own, row, LANES * vectors, position, first, begin, end, stop)
         for at in range(0, 4 * LANES * vectors, 4 * LANES):
@@ -187,12 +191,18 @@ def _attend(job, unit, head, own):
     n_chunks = (unit.stop - 1) // size - unit.start // size + 1
     chunks = carray(memory(job.chunks + 8 * unit.first_chunk), (n_chunks,), np.int64)
     position = unit.start // size * size
-    for chunk in chunks:
-        at = job.pool + head * job.head_side + 2 * chunk * size * job.head_dim
+    pool = job.pool + head * job.head_side
+    for i in range(n_chunks):
+        at = pool + 2 * chunks[i] * size * job.head_dim
         for offset in range(0, size, tile):
             begin, end = max(unit.start - position, 0), min(unit.stop - position, tile)
             if begin < end:
-                _tile(job, unit, own, width, at + 2 * offset * job.head_dim, position, begin, end)
+                keys = at + 2 * offset * job.head_dim
+                if offset + tile < size:
+                    following = keys + 2 * tile * job.head_dim
+                else:
+                    following = pool + 2 * chunks[min(i + 1, n_chunks - 1)] * size * job.head_dim
+                _tile(job, unit, own, width, keys, following, position, begin, end)
             position += tile
     _end(job, unit, head, own)
 

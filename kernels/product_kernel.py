@@ -27,20 +27,36 @@ def _by_rows(functions):
     one, two, three, four = functions
 
     @njit
-    def function(rows, hidden, stride, weights, count, bias, out, out_stride):
+    def function(rows, *given):
         if rows == 4:
-            four(hidden, stride, weights, count, bias, out, out_stride)
+            four(*given)
         elif rows == 3:
-            three(hidden, stride, weights, count, bias, out, out_stride)
+            three(*given)
         elif rows == 2:
-            two(hidden, stride, weights, count, bias, out, out_stride)
+            two(*given)
         else:
-            one(hidden, stride, weights, count, bias, out, out_stride)
+            one(*given)
 
     return function
 
 
 _of_64, _of_32, _of_16_plain = map(_by_rows, (columns_of_64, columns_of_32, dots))
+
+
+@njit
+def _ahead(group, n_rows, following, own):
+    """The lines of the next panel (0: none) that a group of rows fetches, of each pair of inputs two addresses.
+
+    Without that its first group waits for memory, and the others for nothing but their sums. Four groups share the four
+    lines, so that memory has their time to bring them; a single one reads as fast as memory brings them anyhow. Who has
+    nothing to fetch names a line that it reads.
+    """
+    line = 64
+    if following and n_rows > 3 * ROWS_AT_ONCE and group < 4:
+        return following + group * line, following + group * line
+    if following and ROWS_AT_ONCE < n_rows <= 3 * ROWS_AT_ONCE and group < 2:
+        return following + 2 * group * line, following + (2 * group + 1) * line
+    return own, own
 
 
 @njit
@@ -55,13 +71,15 @@ def _multiply(job, first, last, column, end):
             columns, weights = LANES, column * stride
         weights += job.weights
         bias = job.bias + 4 * column
+        following = weights + job.panel_bytes if column + columns < end else 0
         for row in range(first, last, ROWS_AT_ONCE):
             rows = min(ROWS_AT_ONCE, last - row)
+            ahead, other = _ahead((row - first) // ROWS_AT_ONCE, last - first, following, weights)
             hidden, out = job.hidden + row * stride, job.out + row * out_stride + 2 * column
             if columns == PANEL:
-                _of_64(rows, hidden, stride, weights, inputs // 2, bias, out, out_stride)
+                _of_64(rows, hidden, stride, weights, inputs // 2, bias, out, out_stride, ahead, other)
             elif columns == 32:
-                _of_32(rows, hidden, stride, weights, inputs // 2, bias, out, out_stride)
+                _of_32(rows, hidden, stride, weights, inputs // 2, bias, out, out_stride, ahead, other)
             else:
                 _of_16_plain(rows, hidden, stride, weights, inputs // (2 * LANES), bias, out, out_stride)
         column += columns

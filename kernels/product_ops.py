@@ -21,19 +21,19 @@ WEIGHTS_AT_ONCE = 4
 
 def _columns(rows, vectors):
     @intrinsic
-    def function(context, hidden, hidden_stride, weights, pairs, bias, out, out_stride):
+    def function(context, hidden, hidden_stride, weights, pairs, bias, out, out_stride, ahead, other):
         """out[row, d] = bias[d] + sum over pairs of hidden[row, pair] . weights[pair, d], rounded to bfloat16, for
         16 * vectors columns d of a panel."""
 
-        def emit(e, hidden, hidden_stride, weights, pairs, bias, out, out_stride):
+        def emit(e, hidden, hidden_stride, weights, pairs, bias, out, out_stride, ahead, other):
             start = [e.load(e.at(bias, v, 4 * LANES), FLOATS) for v in range(vectors)]
             totals = [[e.variable(value) for value in start] for _ in range(rows)]
-            e.multiply(totals, pairs, hidden, I64(4), hidden_stride, weights, I64(4 * PANEL))
+            e.multiply(totals, pairs, hidden, I64(4), hidden_stride, weights, I64(4 * PANEL), (ahead, other))
             for i, of_row in enumerate(totals):
                 for v, total in enumerate(of_row):
                     e.store_rounded(e.builder.load(total), e.at(e.at(out, i, out_stride), v, 2 * LANES))
 
-        return procedure(emit, hidden, hidden_stride, weights, pairs, bias, out, out_stride)
+        return procedure(emit, hidden, hidden_stride, weights, pairs, bias, out, out_stride, ahead, other)
 
     return function
 
@@ -46,7 +46,7 @@ def _dots(rows):
     @intrinsic
     def function(context, hidden, stride, weights, vectors, bias, out, out_stride):
         """out[row, n] = bias[n] + hidden[row] . weights[n], rounded to bfloat16, for 16 rows n of a plain weight; rows
-        of both are 16 * vectors pairs, `stride` apart."""
+        of both are 16 * vectors pairs, `stride` apart. The next 16 weights are fetched meanwhile."""
 
         def emit(e, hidden, stride, weights, vectors, bias, out, out_stride):
             results = [e.variable(e.load(bias, FLOATS)) for _ in range(rows)]
@@ -57,6 +57,7 @@ def _dots(rows):
                     own = [e.load(e.add(e.at(hidden, i, stride), at), PAIRS) for i in range(rows)]
                     for n, of_weight in enumerate(totals):
                         weight = e.load(e.add(e.at(weights, first + n, stride), at), PAIRS)
+                        e.prefetch(e.add(e.at(weights, first + n + LANES, stride), at))
                         for total, pairs in zip(of_weight, own, strict=True):
                             e.add_products(total, pairs, weight)
                 for n, of_weight in enumerate(totals):

@@ -104,12 +104,21 @@ class Emitter:
             self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, self.builder.load(total), pairs, others), total
         )
 
-    def multiply(self, totals, pairs, singles, step, singles_stride, vectors, stride):
+    def prefetch(self, address):
+        """Have 64 bytes on their way into the core's second cache."""
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(function, [self.builder.inttoptr(address, cgutils.voidptr_t), I32(0), I32(2), I32(1)])
+
+    def multiply(self, totals, pairs, singles, step, singles_stride, vectors, stride, ahead=()):
         """totals[i][v] += sum over pairs of singles[pair, i] . vectors[pair, v]: pairs of the one lie `step` apart and
-        its i `singles_stride`, pairs of the other `stride` and its v a vector."""
+        its i `singles_stride`, pairs of the other `stride` and its v a vector. ahead: addresses of lines that are
+        fetched meanwhile, one a pair, `stride` apart."""
         with cgutils.for_range(self.builder, pairs) as loop:
             row = self.add(vectors, self.mul(loop.index, stride))
             own = [self.load(self.at(row, v, 4 * LANES), PAIRS) for v in range(len(totals[0]))]
+            for address in ahead:
+                self.prefetch(self.add(address, self.mul(loop.index, stride)))
             column = self.add(singles, self.mul(loop.index, step))
             for i, of_single in enumerate(totals):
                 pair = self.splat(self.load(self.at(column, i, singles_stride), I32))
@@ -171,6 +180,17 @@ def take_number(context, counter):
         return builder.atomic_rmw("add", builder.inttoptr(given[0], I64.as_pointer()), I64(1), "monotonic")
 
     return types.int64(counter), code
+
+
+@intrinsic
+def prefetch(context, address, size):
+    """Have so many bytes at an address, a multiple of 64, on their way into the core's second cache."""
+
+    def emit(e, address, size):
+        with cgutils.for_range(e.builder, e.builder.udiv(size, I64(64))) as loop:
+            e.prefetch(e.add(address, e.mul(loop.index, I64(64))))
+
+    return procedure(emit, address, size)
 
 
 def _scores(vectors):
