@@ -5,10 +5,8 @@
 Invariant: a key that a row may not see never reaches its result, whatever the pool holds there. Scores and sums are
 float32, factors of products bfloat16, as in PyTorch's flash kernel.
 
-A tile of 64 keys is read where it lies, while its values are paired for the products, and then all rows of the unit
-pass over it, 48 at a time: scores by the keys (lanes are rows, so that maxima and sums need no shuffling), weights,
-outputs (lanes are columns of the head). All threads run the two functions at the end, and take numbers of work from
-counters until there are none.
+All rows of a unit pass over its keys tile by tile (`fused_tile`). All threads run the two functions at the end, and
+take numbers of work from counters until there are none.
 """
 
 from __future__ import annotations
@@ -19,33 +17,12 @@ from functools import cache
 import numpy as np
 from numba import carray, njit
 
-from stemcache.kernels import vector_ops
+from stemcache.kernels import fused_tile, row_ops, vector_ops
 from stemcache.kernels.c_functions import c_function, edition
 from stemcache.kernels.fused import AttentionJob
+from stemcache.kernels.fused_tile import ROWS, TILE, are_few, pass_tile
 from stemcache.kernels.fused_units import UNIT
-from stemcache.kernels.vector_ops import (
-    KEYS_AT_ONCE,
-    LANES,
-    NO_SCORE,
-    ROWS_AT_ONCE,
-    memory,
-    outputs_of_16,
-    outputs_of_32,
-    outputs_of_64,
-    pair_values,
-    prefetch,
-    scores_of_16,
-    scores_of_32,
-    scores_of_48,
-    softmax,
-    store_rounded,
-    take_number,
-)
-
-TILE = 64
-"""Keys at a time, at most a chunk."""
-ROWS = 3 * LANES
-"""Rows at a time."""
+from stemcache.kernels.vector_ops import LANES, NO_SCORE, ROWS_AT_ONCE, memory, store_rounded, take_number
 
 JOB = np.dtype(AttentionJob)
 
@@ -72,16 +49,17 @@ def _scratch(job, counter):
 
 @njit
 def _begin(job, unit, head, width, own):
-    """Lay the unit's queries out as [pair, row], with zeros up to `width` rows, and clear its results."""
-    pairs = job.head_dim // 2
-    packed = carray(memory(own.queries), (pairs, width), np.uint32)
+    """Lay the unit's queries out as its tiles want them, with zeros up to `width` rows, and clear its results."""
+    pairs, few = job.head_dim // 2, are_few(unit.n_rows * job.group, job.head_dim)
+    step, row_step = (1, pairs) if few else (width, 1)  # from a pair to the next, and from a row
+    laid = carray(memory(own.queries), (pairs * width,), np.uint32)
     low, high = carray(memory(own.low), (width,), np.int32), carray(memory(own.high), (width,), np.int32)
     last_row = unit.first_row + unit.n_rows
     rows, positions = carray(memory(job.rows), (last_row,), np.int64), carray(memory(job.positions), (1,), np.int64)
     for r in range(unit.n_rows * job.group, width):
         low[r], high[r] = 0, 0
         for pair in range(pairs):
-            packed[pair, r] = 0
+            laid[pair * step + r * row_step] = 0
     r = 0
     for i in range(unit.first_row, last_row):
         row = rows[i]
@@ -89,7 +67,7 @@ def _begin(job, unit, head, width, own):
         for h in range(head * job.group, (head + 1) * job.group):
             query = carray(memory(job.query + row * job.query_row + h * job.query_head), (pairs,), np.uint32)
             for pair in range(pairs):
-                packed[pair, r] = query[pair]
+                laid[pair * step + r * row_step] = query[pair]
             low[r], high[r] = position - job.window + 1 if job.window else 0, position
             r += 1
     maxima, sums = carray(memory(own.maxima), (width,), np.float32), carray(memory(own.sums), (width,), np.float32)
@@ -99,93 +77,9 @@ def _begin(job, unit, head, width, own):
 
 
 @njit
-def _hide_values(paired, first, begin, end, stop, head_dim):
-    """Zeros for the tile's values outside [begin, end): nothing, times a weight of zero, is nothing."""
-    halves = carray(memory(paired), ((stop - first) // 2, head_dim, 2), np.uint16)
-    for key in range(first, stop):
-        if key < begin or key >= end:
-            halves[(key - first) // 2, :, (key - first) % 2] = 0
-
-
-@njit
-def _hide_scores(own, row, n_rows, position, first, begin, end, stop):
-    """-inf for the scores of keys that a row does not see."""
-    low = carray(memory(own.low + 4 * row), (n_rows,), np.int32)
-    high = carray(memory(own.high + 4 * row), (n_rows,), np.int32)
-    scores = carray(memory(own.scores), (stop - first, n_rows), np.float32)
-    for key in range(first, stop):
-        outside = key < begin or key >= end
-        for r in range(n_rows):
-            if outside or position + key < low[r] or position + key > high[r]:
-                scores[key - first, r] = -np.inf
-
-
-@njit
-def _scores(own, vectors, row, width, keys, n_keys, head_dim, following, side):
-    stride, queries = 4 * LANES * vectors, own.queries + 4 * row
-    for key in range(0, n_keys, KEYS_AT_ONCE):
-        at, scores = keys + 2 * head_dim * key, own.scores + stride * key
-        if row == 0:
-            prefetch(following + 2 * head_dim * key, 2 * head_dim * KEYS_AT_ONCE)
-            prefetch(following + side + 2 * head_dim * key, 2 * head_dim * KEYS_AT_ONCE)
-        if vectors == 3:
-            scores_of_48(queries, 4 * width, at, 2 * head_dim, head_dim // 2, scores, stride)
-        elif vectors == 2:
-            scores_of_32(queries, 4 * width, at, 2 * head_dim, head_dim // 2, scores, stride)
-        else:
-            scores_of_16(queries, 4 * width, at, 2 * head_dim, head_dim // 2, scores, stride)
-
-
-@njit
-def _outputs(own, vectors, row, n_rows, pairs, head_dim):
-    stride = 4 * LANES * vectors
-    for r in range(0, n_rows, ROWS_AT_ONCE):
-        weights, factors = own.weights + 4 * r, own.factors + 4 * r
-        column = 0
-        while column < head_dim:
-            values, out = own.values + 4 * column, own.outputs + 4 * ((row + r) * head_dim + column)
-            if head_dim - column >= 64:
-                outputs_of_64(weights, stride, values, 4 * head_dim, pairs, out, 4 * head_dim, factors)
-                column += 64
-            elif head_dim - column >= 32:
-                outputs_of_32(weights, stride, values, 4 * head_dim, pairs, out, 4 * head_dim, factors)
-                column += 32
-            else:
-                outputs_of_16(weights, stride, values, 4 * head_dim, pairs, out, 4 * head_dim, factors)
-                column += 16
-
-
-@njit
-def _tile(job, unit, own, width, keys, following, position, begin, end):
-    """All rows of a unit over the keys [begin, end) of a tile whose first key has this position and lies at `keys`."""
-    head_dim = job.head_dim
-    first, stop = begin // KEYS_AT_ONCE * KEYS_AT_ONCE, -(-end // KEYS_AT_ONCE) * KEYS_AT_ONCE
-    keys += 2 * head_dim * first
-    pairs = (stop - first) // 2
-    pair_values(keys + job.side, 2 * head_dim, pairs, own.values, head_dim // LANES)
-    part = begin > first or end < stop
-    if part:
-        _hide_values(own.values, first, begin, end, stop, head_dim)
-    masked = part or position + first < unit.full_start or position + stop > unit.full_stop
-    row = 0
-    while row < width:
-        left = (width - row) // LANES
-        vectors = 2 if left == 4 else min(left, 3)  # 4 as 2 and 2: a single vector waits for its sums
-        _scores(own, vectors, row, width, keys, stop - first, head_dim, following, job.side)
-        if masked:
-            _hide_scores(own, row, LANES * vectors, position, first, begin, end, stop)
-        for at in range(0, 4 * LANES * vectors, 4 * LANES):
-            softmax(
-                own.scores + at, 4 * LANES * vectors, own.weights + at, pairs,
-                own.maxima + 4 * row + at, own.sums + 4 * row + at, own.factors + at, np.float32(job.scale),
-            )  # fmt: skip
-        _outputs(own, vectors, row, min(LANES * vectors, unit.n_rows * job.group - row), pairs, head_dim)
-        row += LANES * vectors
-
-
-@njit
 def _attend(job, unit, head, own):
-    width = -(-unit.n_rows * job.group // LANES) * LANES
+    packed = unit.n_rows * job.group
+    width = ROWS_AT_ONCE if are_few(packed, job.head_dim) else -(-packed // LANES) * LANES
     _begin(job, unit, head, width, own)
     size, tile = job.chunk_tokens, min(job.chunk_tokens, TILE)
     n_chunks = (unit.stop - 1) // size - unit.start // size + 1
@@ -202,7 +96,7 @@ def _attend(job, unit, head, own):
                     following = keys + 2 * tile * job.head_dim
                 else:
                     following = pool + 2 * chunks[min(i + 1, n_chunks - 1)] * size * job.head_dim
-                _tile(job, unit, own, width, keys, following, position, begin, end)
+                pass_tile(job, unit, own, width, keys, following, position, begin, end)
             position += tile
     _end(job, unit, head, own)
 
@@ -261,8 +155,8 @@ def _merge(job, i, own):
 @cache
 def compiled():
     """The C functions `void attend_units(JOB *)` and `void merge_rows(JOB *)`: compiled once a machine, as numba keeps
-    them on disk until this file or that of the vector instructions changes."""
-    text = edition(vector_ops)
+    them on disk until this file or those of a tile and of the vector instructions change."""
+    text = edition(vector_ops, row_ops, fused_tile)
 
     def attend_units(jobs):
         _ = text

@@ -26,9 +26,10 @@ def _columns(rows, vectors):
         16 * vectors columns d of a panel."""
 
         def emit(e, hidden, hidden_stride, weights, pairs, bias, out, out_stride, ahead, other):
+            panel = I64(4 * PANEL)
             start = [e.load(e.at(bias, v, 4 * LANES), FLOATS) for v in range(vectors)]
             totals = [[e.variable(value) for value in start] for _ in range(rows)]
-            e.multiply(totals, pairs, hidden, I64(4), hidden_stride, weights, I64(4 * PANEL), (ahead, other))
+            e.multiply(totals, pairs, hidden, I64(4), hidden_stride, weights, panel, ((ahead, panel), (other, panel)))
             for i, of_row in enumerate(totals):
                 for v, total in enumerate(of_row):
                     e.store_rounded(e.builder.load(total), e.at(e.at(out, i, out_stride), v, 2 * LANES))

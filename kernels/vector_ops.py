@@ -112,13 +112,13 @@ class Emitter:
 
     def multiply(self, totals, pairs, singles, step, singles_stride, vectors, stride, ahead=()):
         """totals[i][v] += sum over pairs of singles[pair, i] . vectors[pair, v]: pairs of the one lie `step` apart and
-        its i `singles_stride`, pairs of the other `stride` and its v a vector. ahead: addresses of lines that are
-        fetched meanwhile, one a pair, `stride` apart."""
+        its i `singles_stride`, pairs of the other `stride` and its v a vector. ahead: addresses of memory that is
+        fetched meanwhile, with its bytes a pair."""
         with cgutils.for_range(self.builder, pairs) as loop:
             row = self.add(vectors, self.mul(loop.index, stride))
             own = [self.load(self.at(row, v, 4 * LANES), PAIRS) for v in range(len(totals[0]))]
-            for address in ahead:
-                self.prefetch(self.add(address, self.mul(loop.index, stride)))
+            for address, each in ahead:
+                self.prefetch(self.add(address, self.mul(loop.index, each)))
             column = self.add(singles, self.mul(loop.index, step))
             for i, of_single in enumerate(totals):
                 pair = self.splat(self.load(self.at(column, i, singles_stride), I32))
@@ -182,31 +182,21 @@ def take_number(context, counter):
     return types.int64(counter), code
 
 
-@intrinsic
-def prefetch(context, address, size):
-    """Have so many bytes at an address, a multiple of 64, on their way into the core's second cache."""
-
-    def emit(e, address, size):
-        with cgutils.for_range(e.builder, e.builder.udiv(size, I64(64))) as loop:
-            e.prefetch(e.add(address, e.mul(loop.index, I64(64))))
-
-    return procedure(emit, address, size)
-
-
 def _scores(vectors):
     @intrinsic
-    def function(context, queries, queries_stride, keys, keys_stride, pairs, scores, scores_stride):
+    def function(context, queries, queries_stride, keys, keys_stride, pairs, scores, scores_stride, ahead):
         """scores[key, row] = sum over pairs of keys[key, pair] . queries[pair, row], for KEYS_AT_ONCE keys and
-        16 * vectors rows."""
+        16 * vectors rows. As many keys at another address are fetched meanwhile."""
 
-        def emit(e, queries, queries_stride, keys, keys_stride, pairs, scores, scores_stride):
+        def emit(e, queries, queries_stride, keys, keys_stride, pairs, scores, scores_stride, ahead):
+            fetched = [(ahead, I64(4 * KEYS_AT_ONCE))]
             totals = [[e.variable(e.constant(0.0)) for _ in range(vectors)] for _ in range(KEYS_AT_ONCE)]
-            e.multiply(totals, pairs, keys, I64(4), keys_stride, queries, queries_stride)
+            e.multiply(totals, pairs, keys, I64(4), keys_stride, queries, queries_stride, fetched)
             for i, of_key in enumerate(totals):
                 for v, total in enumerate(of_key):
                     e.store(e.builder.load(total), e.at(e.at(scores, i, scores_stride), v, 4 * LANES))
 
-        given = queries, queries_stride, keys, keys_stride, pairs, scores, scores_stride
+        given = queries, queries_stride, keys, keys_stride, pairs, scores, scores_stride, ahead
         return procedure(emit, *given)
 
     return function
@@ -214,11 +204,11 @@ def _scores(vectors):
 
 def _outputs(vectors):
     @intrinsic
-    def function(context, weights, weights_stride, values, values_stride, pairs, outputs, outputs_stride, factors):
+    def function(context, weights, step, row_stride, values, values_stride, pairs, outputs, outputs_stride, factors):
         """outputs[row, d] = outputs[row, d] * factors[row] + sum over pairs of weights[pair, row] . values[pair, d],
-        for ROWS_AT_ONCE rows and 16 * vectors columns d."""
+        for ROWS_AT_ONCE rows and 16 * vectors columns d. Weights of a row's pairs lie `step` apart."""
 
-        def emit(e, weights, weights_stride, values, values_stride, pairs, outputs, outputs_stride, factors):
+        def emit(e, weights, step, row_stride, values, values_stride, pairs, outputs, outputs_stride, factors):
             places = [
                 [e.at(e.at(outputs, i, outputs_stride), v, 4 * LANES) for v in range(vectors)]
                 for i in range(ROWS_AT_ONCE)
@@ -227,12 +217,12 @@ def _outputs(vectors):
             for i, of_row in enumerate(places):
                 factor = e.splat(e.load(e.at(factors, i, 4), F32))
                 totals.append([e.variable(e.fmul(e.load(place, FLOATS), factor)) for place in of_row])
-            e.multiply(totals, pairs, weights, weights_stride, I64(4), values, values_stride)
+            e.multiply(totals, pairs, weights, step, row_stride, values, values_stride)
             for of_place, of_row in zip(places, totals, strict=True):
                 for place, total in zip(of_place, of_row, strict=True):
                     e.store(e.builder.load(total), place)
 
-        given = weights, weights_stride, values, values_stride, pairs, outputs, outputs_stride, factors
+        given = weights, step, row_stride, values, values_stride, pairs, outputs, outputs_stride, factors
         return procedure(emit, *given)
 
     return function
@@ -280,19 +270,22 @@ def softmax(context, scores, stride, weights, pairs, maxima, sums, factors, scal
 
 
 @intrinsic
-def pair_values(context, values, stride, pairs, paired, blocks):
-    """paired[pair, d] = (values[2 * pair, d], values[2 * pair + 1, d]) for 16 * blocks columns d of bfloat16 values."""
+def pair_values(context, values, stride, pairs, paired, blocks, ahead):
+    """paired[pair, d] = (values[2 * pair, d], values[2 * pair + 1, d]) for 16 * blocks columns d of bfloat16 values.
+    As many values at another address are fetched meanwhile."""
 
-    def emit(e, values, stride, pairs, paired, blocks):
+    def emit(e, values, stride, pairs, paired, blocks, ahead):
         with cgutils.for_range(e.builder, pairs) as outer:
             row = e.add(values, e.mul(outer.index, e.mul(stride, I64(2))))
             out = e.add(paired, e.mul(outer.index, e.mul(blocks, I64(4 * LANES))))
+            coming = e.add(ahead, e.mul(outer.index, e.mul(stride, I64(2))))
             with cgutils.for_range(e.builder, blocks) as inner:
                 at = e.add(row, e.mul(inner.index, I64(2 * LANES)))
                 both = e.interleaved(e.load(at, HALVES), e.load(e.add(at, stride), HALVES))
                 e.store(both, e.add(out, e.mul(inner.index, I64(4 * LANES))))
+                e.prefetch(e.add(coming, e.mul(inner.index, I64(4 * LANES))))
 
-    return procedure(emit, values, stride, pairs, paired, blocks)
+    return procedure(emit, values, stride, pairs, paired, blocks, ahead)
 
 
 @intrinsic

@@ -82,6 +82,44 @@ def test_awkward_lengths(batches: Callable[..., Any], tokens: int) -> None:
 
 
 @needs_pairs
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 96, 128, 256])
+@pytest.mark.parametrize(("group", "new"), [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2)])
+def test_few_rows(batches: Callable[..., Any], group: int, new: int, head_dim: int) -> None:
+    """Up to four rows of queries, whose lanes are keys where the head fills them, and more beside them."""
+    rng = np.random.default_rng(group * new * head_dim)
+    for chunk_tokens in (16, 64, 128):
+        sequences = []
+        for i in range(3):
+            start = int(rng.integers(0, 700))
+            n_chunks = -(-(start + new) // chunk_tokens)
+            sequences.append(sequence((i * 64 + rng.permutation(64))[:n_chunks].tolist(), start, start + new))
+        sequences.append(sequence(list(range(200, 210)), 3, 12))
+        batch = batches(
+            sequences, chunk_tokens=chunk_tokens, kv_heads=2, group=group, head_dim=head_dim, dtype=torch.bfloat16
+        )
+        for window in (None, 1, 7, 100):
+            assert_matches(batch, window=window)
+        assert_matches(batch, sinks=torch.linspace(-2, 2, 2 * group))
+
+
+@needs_pairs
+def test_few_rows_that_are_broken_or_large(batches: Callable[..., Any]) -> None:
+    batch = batches([sequence([0, 1], 69, 70), sequence([2, 3], 80, 81)], chunk_tokens=64, dtype=torch.bfloat16)
+    assert batch.query.shape[1] // batch.pool.shape[1] <= 4
+    batch.query.mul_(200.0)
+    assert_matches(batch)
+    nothing = fused.attend(batch.query, batch.pool, batch.plan, scale=batch.scale, sinks=torch.full((6,), 5000.0))
+    assert not nothing.any()
+    batch.query[0, 2, 5] = float("nan")
+    batch.pool[1, 1, 3, 4, 0] = float("nan")  # the value of a key that the second sequence sees, of the second KV head
+    out = fused.attend(batch.query, batch.pool, batch.plan, scale=batch.scale)
+    expected = torch.zeros(2, 6, dtype=torch.bool)
+    expected[0, 2] = True
+    expected[1, 3:] = True
+    assert torch.equal(out.isnan().any(dim=2), expected)
+
+
+@needs_pairs
 @pytest.mark.parametrize("window", [None, 64, 300, 5000])
 def test_long_prefill_beside_decode(batches: Callable[..., Any], window: int | None) -> None:
     """600 new rows after 1,000 old tokens, a fresh prompt and decode rows over one prefix."""
