@@ -74,7 +74,7 @@ class AttentionJob(Job):
     ]
 
     def follow(self, planned: AttentionJob) -> None:
-        """Take over what a plan decides, in 0.3 us instead of one for each three fields."""
+        """Take over what a plan decides."""
         begin = AttentionJob.chunk_tokens.offset
         ctypes.memmove(
             ctypes.addressof(self) + begin, ctypes.addressof(planned) + begin, ctypes.sizeof(AttentionJob) - begin

@@ -203,7 +203,7 @@ class LayerStages:
         """compute(rows): a stage if it is a `PairProduct`; else what was asked for is computed now, and so is it."""
         if not isinstance(compute, PairProduct):
             self.run()
-            out = compute(rows).contiguous()  # a view by the caller would be a copy, made once
+            out = self._stored(compute(rows))
             self._again.append(lambda *_: out.copy_(compute(rows)))
             return out
         out = self._result(*rows.shape[:-1], compute.columns)
@@ -231,7 +231,7 @@ class LayerStages:
             return out
         self.run()
         attend = partial(cpu.attend, query, pool_layer, scale=scale, window=window, softcap=softcap, sinks=sinks)
-        attended = attend(plan).contiguous()
+        attended = self._stored(attend(plan))
         self._again.append(lambda _, plan: attended.copy_(attend(plan)))
         return attended
 
@@ -240,6 +240,11 @@ class LayerStages:
         if self._memory is None:
             return torch.empty(shape, dtype=torch.bfloat16)
         return self._memory.result(self._n_results - 1, shape)
+
+    def _stored(self, computed: Tensor) -> Tensor:
+        """What no stage computed, where repeats leave it, too. (One that has gaps would be copied by whoever flattens
+        it, once.)"""
+        return computed.contiguous() if self._memory is None else self._result(*computed.shape).copy_(computed)
 
     def _add(self, function: int, job: Job, *kept: object) -> None:
         self._stages.add(_functions()[function], job, *kept)

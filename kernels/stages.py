@@ -53,7 +53,7 @@ class Stages:
 
     def _prepare(self) -> None:
         """Lay down what is the same in each run: the table that the threads go by, and memory for the counters, all in
-        one place, to be cleared in a fifth of the time that a field of each job takes."""
+        one place, to be cleared at once."""
         self._table = (ctypes.c_int64 * len(self._numbers))(*self._numbers)
         self._counters = (ctypes.c_int64 * (4 * len(self)))()
         for i, job in enumerate(self._jobs):
