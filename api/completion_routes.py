@@ -50,6 +50,11 @@ class CompletionRoutes:
         self._admission = admission
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def unread(self) -> int:
+        """Answered conversations that the engine may still be asked to read for their next turn."""
+        return len(self._tasks)
+
     def add_to(self, app: FastAPI) -> None:
         app.post("/v1/completions", **documented(answers.TextAnswer, streamed=True))(self.complete)
         app.post("/v1/chat/completions", **documented(answers.ChatAnswer, streamed=True))(self.chat)

@@ -74,7 +74,7 @@ def create_app(
     TokenRoutes(engine).add_to(app)
     CacheRoutes(engine, admission, completions.prompts_of, documents, show_text=show_cache_text).add_to(app)
     DocumentRoutes(documents, max_documents=limits.documents).add_to(app)
-    ServerRoutes(engine).add_to(app)
+    ServerRoutes(engine, completions).add_to(app)
     app.add_route("/metrics", metrics.serve)
     add_live_page(app)
     return app
@@ -83,8 +83,9 @@ def create_app(
 class ServerRoutes:
     """What the server is, and whether it lives."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, completions: CompletionRoutes) -> None:
         self._engine = engine
+        self._completions = completions
 
     def add_to(self, app: FastAPI) -> None:
         app.get("/v1/models", **documented(answers.ModelList))(self.models)
@@ -103,10 +104,14 @@ class ServerRoutes:
         return self._model_card()
 
     async def health(self) -> dict[str, Any]:
-        """Whether the engine can answer; 503 when it cannot. Does not wait for its running step."""
+        """Whether the engine can answer; 503 when it cannot. Does not wait for its running step.
+
+        With nothing running or waiting, nothing is left to do for any request that was answered.
+        """
         self._engine.require_alive()
+        unread = self._completions.unread  # before the engine's, to which they go
         now = self._engine.activity()
-        return {"status": "ok", "running": now.running, "waiting": now.waiting}
+        return {"status": "ok", "running": now.running, "waiting": unread + now.waiting}
 
     async def version(self) -> dict[str, str]:
         """Of stemcache."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Activity:
     """Sequences running and waiting, and the pool's chunks; the others are totals since the engine was made.
 
+    Who waits may not have come to the scheduler yet: requests are taken between two steps.
     `cached_tokens` of the `prompt_tokens` of all requests that started were not computed but found in the store, and
     `moved_tokens` of them were moved to their places.
     """
@@ -33,10 +34,12 @@ class Activity:
     pool: Occupancy
 
     @classmethod
-    def of(cls, scheduler: Scheduler, store: PrefixStore, generated_tokens: int) -> Activity:
+    def of(cls, scheduler: Scheduler, store: PrefixStore, *, arriving: int, generated_tokens: int) -> Activity:
+        # Before those that run: a sequence that starts meanwhile is counted twice, never missed.
+        waiting = arriving + len(scheduler.waiting)
         return cls(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=waiting,
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,

@@ -302,7 +302,11 @@ class Engine:
 
     def activity(self) -> Activity:
         """What the engine does at this moment, without waiting for its running step; also when it is closed."""
-        return Activity.of(self._loop.scheduler, self._loop.store, self._loop.delivery.generated_tokens)
+        loop = self._loop
+        arriving = len(loop.arriving)  # before the scheduler's: what arrives in between is counted twice, never missed
+        return Activity.of(
+            loop.scheduler, loop.store, arriving=arriving, generated_tokens=loop.delivery.generated_tokens
+        )
 
     def require_alive(self) -> None:
         """Raise EngineClosedError unless the engine can take requests. Does not wait."""

@@ -76,6 +76,7 @@ class EngineLoop:
         self.delivery = Delivery(self.scheduler, prompts, eos, runner.device)
         self._tentative: Request | None = None  # the one that may have to give way
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.arriving: set[Request] = set()  # posted, and not yet with the scheduler
         cold.attach(self.store, self._inbox.put)
         self._awaits_chunks = False  # nothing can be computed until chunks arrive from a tier
         self._closing = False
@@ -89,7 +90,8 @@ class EngineLoop:
     def submit(self, request: Request) -> None:
         """Queue a request; its deltas go to its stream. Raises EngineClosedError."""
         self.require_alive()
-        self._inbox.put(lambda: self._accept(request))
+        self.arriving.add(request)
+        self._inbox.put(lambda: self._arrive(request))
         if self._stopped:  # it ended in between and may have read its inbox for the last time
             request.stream.end(EngineClosedError("the engine is closed"))
 
@@ -172,6 +174,12 @@ class EngineLoop:
 
     def _request_close(self) -> None:
         self._closing = True
+
+    def _arrive(self, request: Request) -> None:
+        try:
+            self._accept(request)
+        finally:
+            self.arriving.discard(request)  # only now: somebody who counts finds it twice rather than nowhere
 
     def _accept(self, request: Request) -> None:
         """Let a request wait. A tentative one has to be alone."""

@@ -187,8 +187,8 @@ class Scheduler:
             self.prompt_tokens += len(request.prompt)
             self.cached_tokens += lease.cached_tokens
             self.moved_tokens += sum(len(each.kept) for each in sequence.moved)
-        self.waiting.start(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
+        self.waiting.start(sequence)  # last: whoever counts beside this thread misses nobody
         return True
 
     def _cached_share(self, sequence: Sequence) -> float:
