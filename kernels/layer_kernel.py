@@ -20,6 +20,16 @@ from stemcache.kernels.vector_ops import LANES, memory, take_number
 
 
 @njit
+def _blocks(counter, size, count):
+    """What a thread is to do of `count` rows: (first, stop) of blocks of `size`, as it comes to take them."""
+    while True:
+        first = take_number(counter) * size
+        if first >= count:
+            return
+        yield first, min(first + size, count)
+
+
+@njit
 def _append(job, row, keys):
     """One row's keys, turned, and its values into the pool."""
     size, places = 2 * job.head_dim, carray(memory(job.slots), (job.n_rows,), np.int64)
@@ -48,11 +58,8 @@ def compiled():
     def normalise_rows(jobs):
         _ = text
         job = carray(jobs, 1)[0]
-        while True:
-            first = take_number(job.counters) * job.block
-            if first >= job.n_rows:
-                break
-            for row in range(first, min(first + job.block, job.n_rows)):
+        for first, stop in _blocks(job.counters, job.block, job.n_rows):
+            for row in range(first, stop):
                 for head in range(job.heads):
                     at, epsilon = row * job.stride + 2 * head * job.width, np.float32(job.epsilon)
                     if job.is_above_one:
@@ -64,11 +71,8 @@ def compiled():
         _ = text
         job = carray(jobs, 1)[0]
         size, blocks = 2 * job.head_dim, job.head_dim // (2 * LANES)
-        while True:
-            first = take_number(job.counters) * job.block
-            if first >= job.n_rows:
-                break
-            for row in range(first, min(first + job.block, job.n_rows)):
+        for first, stop in _blocks(job.counters, job.block, job.n_rows):
+            for row in range(first, stop):
                 at = job.rows + row * (job.q_heads + 2 * job.kv_heads) * size
                 if job.cos:
                     for head in range(job.q_heads):
@@ -80,11 +84,8 @@ def compiled():
         _ = text
         job = carray(jobs, 1)[0]
         size, blocks = 2 * job.width, job.width // LANES
-        while True:
-            first = take_number(job.counters) * job.block
-            if first >= job.n_rows:
-                break
-            for row in range(first, min(first + job.block, job.n_rows)):
+        for first, stop in _blocks(job.counters, job.block, job.n_rows):
+            for row in range(first, stop):
                 at = job.rows + 2 * row * size
                 if job.is_gelu:
                     gate_by_gelu(at, at + size, job.out + row * size, blocks)
@@ -94,11 +95,8 @@ def compiled():
     def add_numbers(jobs):
         _ = text
         job = carray(jobs, 1)[0]
-        while True:
-            first = take_number(job.counters) * job.block
-            if first >= job.count:
-                break
-            blocks = (min(first + job.block, job.count) - first) // LANES
+        for first, stop in _blocks(job.counters, job.block, job.count):
+            blocks = (stop - first) // LANES
             add(job.rows + 2 * first, job.to + 2 * first, blocks)
 
     return (
