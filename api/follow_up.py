@@ -12,7 +12,6 @@ the server remembers.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from stemcache.api.messages import Message
 from stemcache.api.schemas import ChatRequest
 from stemcache.api.tool_calls import ToolCallWriter
 from stemcache.api.tools import ToolUse
+from stemcache.engine.common_prefix import common_prefix
 from stemcache.engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -63,18 +63,13 @@ async def _next_prefix(engine: Engine, body: ChatRequest, tools: ToolUse, answer
         )
         for question in _NEXT_QUESTIONS
     ]
-    return first[: _common(first, second)]
+    return first[: common_prefix(first, second)]
 
 
 def _cached_tokens(wanted: list[int], generation: Generation, answer: Choice) -> int:
     """How much of `wanted` was computed for the answer; its last token never was, for nothing followed it."""
-    return _common(wanted, [*generation.prompts[answer.prompt].token_ids, *answer.token_ids[:-1]])
+    return common_prefix(wanted, [*generation.prompts[answer.prompt].token_ids, *answer.token_ids[:-1]])
 
 
 def _full_chunks(engine: Engine, tokens: int) -> int:
     return tokens // engine.chunk_tokens
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """Length of the common prefix."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from stemcache.engine.common_prefix import common_prefix
+
 # Some decoders treat the first token of a text specially (SentencePiece strips its space), so decoding starts inside
 # the prompt.
 _PROMPT_TAIL = 8
+_REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,13 @@ class Detokenizer:
         self._held = ""
         self._tail = list(prompt[-_PROMPT_TAIL:])
         self._tokens: list[int] = []
-        self._decoded = 0
         self._stream = (
             DecodeStream(self._tail, skip_special_tokens=skip_special_tokens) if tokenizer is not None else None
         )
+        self._before = self._decode(self._tail)
+        self._decoded = len(self._before)
+        # Such a prompt may end within a character, so the stream gives out the tail with the first piece of text.
+        self._has_open_end = self._before.endswith(_REPLACEMENT)
 
     def add(self, token: int, *, may_stop: bool = True) -> Piece:
         """The text that `token` makes certain. Unless `may_stop`, a stop string that it completes is plain text."""
@@ -60,6 +66,10 @@ class Detokenizer:
             return Piece("", False)
         self._tokens.append(token)
         text = self._stream.step(self._tokenizer, token) or ""
+        if text and self._has_open_end:
+            self._has_open_end, self._decoded = False, len(text)
+            # From the character on that the prompt leaves unfinished, if it does.
+            return self._release(text[common_prefix(self._before, text) :], may_stop)
         self._decoded += len(text)
         return self._release(text, may_stop)
 
@@ -73,11 +83,12 @@ class Detokenizer:
 
     def _unfinished(self) -> str:
         """Text that the stream still withholds because its last character is not complete."""
+        return self._decode(self._tail + self._tokens)[self._decoded :]
+
+    def _decode(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             return ""
-        before = self._tokenizer.decode(self._tail, skip_special_tokens=self._skip_special)
-        whole = self._tokenizer.decode(self._tail + self._tokens, skip_special_tokens=self._skip_special)
-        return whole[len(before) + self._decoded :]
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special)
 
     def _release(self, text: str, may_stop: bool = True) -> Piece:
         self._held += text

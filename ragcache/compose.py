@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from stemcache.engine.common_prefix import common_prefix
 from stemcache.engine.errors import InvalidRequestError
 from stemcache.engine.prompts import Prompts
 
@@ -127,17 +128,8 @@ def _located(prompts: Prompts, render: Render, documents: Sequence[Texts], *, ad
     for at, document in enumerate(documents):
         other = {"title": _OTHER if document["title"] else "", "text": _OTHER}
         altered = render([*documents[:at], other, *documents[at + 1 :]])
-        first = _common(text, altered)
-        last = len(text) - _common(text[first:][::-1], altered[first:][::-1])
+        first = common_prefix(text, altered)
+        last = len(text) - common_prefix(text[first:][::-1], altered[first:][::-1])
         begin = min(bisect_right(stops, first), len(tokens) - 1)
         spans.append((begin, max(begin + 1, bisect_left(starts, last))))
     return Context(tokens, tuple(spans))
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the common prefix, by bisection: comparing slices is faster than characters."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low

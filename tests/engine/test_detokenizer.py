@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -45,12 +45,14 @@ texts = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs
 
 @settings(max_examples=150, deadline=None)
 @given(prompt=texts.filter(bool), text=texts)
+@example(prompt="The sign is \ufffd", text="0\ufffd, and another \ufffd")
+@example(prompt="The sign is \ufffd", text="")
+@example(prompt="The sign is \ufffd", text="\ufffd")
 def test_pieces_join_to_the_text(byte_level, prompt, text):
     ids = byte_level.encode(text, add_special_tokens=False).ids
     pieces, stopped = run(byte_level, byte_level.encode(prompt).ids, ids)
     assert "".join(pieces) == text
     assert not stopped
-    assert not any("\ufffd" in piece for piece in pieces)
 
 
 @settings(max_examples=150, deadline=None)
@@ -83,6 +85,19 @@ def test_a_cut_character_becomes_a_replacement(byte_level):
     assert len(ids) > 2  # the accented letter is two bytes, two tokens
     pieces, _ = run(byte_level, [5], ids[:-1])
     assert "".join(pieces) == "a\ufffd"
+
+
+@pytest.mark.parametrize("text", ["é", "é and ñ", "€", "€\ufffd"])
+def test_a_prompt_may_end_within_a_character(byte_level, text):
+    """Its text begins with that character, and not with the prompt's."""
+    ids = byte_level.encode("It costs about one " + text, add_special_tokens=False).ids
+    cut = len(byte_level.encode("It costs about one ", add_special_tokens=False).ids) + 1
+    assert byte_level.decode(ids[:cut]).endswith("\ufffd")
+    assert "".join(run(byte_level, ids[:cut], ids[cut:])[0]) == text
+    assert "".join(run(byte_level, ids[:cut], [])[0]) == ""
+    after = byte_level.encode("x", add_special_tokens=False).ids  # the character stays unfinished
+    assert "".join(run(byte_level, ids[:cut], after)[0]) == "x"
+    assert "".join(run(byte_level, ids[:cut], [*after, ids[cut - 1]])[0]) == "x\ufffd"
 
 
 def test_the_first_word_keeps_its_space(sentencepiece_like):
