@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sweeps test-clients clients-here check format equivalence soak soak-requests bench train clean fuzz kernel-gate kernels-gpu engine-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
+.PHONY: help demo test test-sweeps explore test-clients clients-here check format equivalence soak soak-requests bench train clean fuzz kernel-gate kernels-gpu engine-gpu soak-tiers docs test-page test-stack stack-local peers peers-install
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / \t/' | expand -t 16
@@ -31,6 +31,9 @@ test: $(READY)  ## run the tests
 
 test-sweeps: $(READY)  ## the longer ones: all model families, Triton kernels under the interpreter, the demo, tiers
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m sweep
+
+explore: $(READY)  ## the property tests with other examples than `make test` has, and others each time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile=explore tests
 
 check: $(READY)  ## lint, formatting, types, import directions
 	@$(BIN)/ruff check .

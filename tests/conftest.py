@@ -8,6 +8,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time, so that a change is what makes a test fail; `make explore` looks for others.
+# No deadlines: machines are busy, and no test is about times.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("same")
 
 # Here and not later, as Triton reads it when it is imported, which a conftest further down may do; and without torch,
 # which the controller of pytest-xdist need not wait for.

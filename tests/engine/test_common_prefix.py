@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stemcache.engine.common_prefix import common_prefix
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(shared=st.text("ab", max_size=20), one=st.text("ab", max_size=9), other=st.text("ab", max_size=9))
 def test_it_ends_at_the_first_difference(shared: str, one: str, other: str) -> None:
     one, other = shared + one, shared + other

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stemcache.engine.cost import CostSurface
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=60)
 RECORDED = Path(__file__).parent / "step_times.json"
 Work = list[tuple[int, int]]
 

@@ -43,7 +43,7 @@ def run(tokenizer, prompt, tokens, stop=()):
 texts = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(prompt=texts.filter(bool), text=texts)
 @example(prompt="The sign is \ufffd", text="0\ufffd, and another \ufffd")
 @example(prompt="The sign is \ufffd", text="")
@@ -55,7 +55,7 @@ def test_pieces_join_to_the_text(byte_level, prompt, text):
     assert not stopped
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text("abc", max_size=30), stop=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_text_ends_before_the_first_stop_string(byte_level, text, stop):
     ids = [i for char in text for i in byte_level.encode(char, add_special_tokens=False).ids]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stemcache.engine.cost import CostSurface
 from stemcache.engine.load_cost import TRY_EVERY, Line, LoadCost
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=60)
 observations = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), max_size=40)
 
 

@@ -18,7 +18,7 @@ NAMESPACE = Namespace.of(model="m", dtype="float32")
 TENANTS = [b"a", b"b", b"c", b"d"]
 LARGEST = 50
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=60)
 costs = st.integers(1, LARGEST)
 
 

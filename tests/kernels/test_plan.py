@@ -22,7 +22,7 @@ def shared_runs(plan: AttentionPlan) -> dict[tuple[int, ...], tuple[int, ...]]:
     return {tuple(i.chunks.tolist()): tuple(sorted(i.rows.tolist())) for i in plan.items if i.shared}
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**32 - 1),
     roots=st.integers(1, 4),
@@ -38,7 +38,7 @@ def test_every_visible_key_is_covered_once(forests: Callable[..., Any], seed: in
     assert plan.n_rows == sum(s.stop - s.start for s in sequences)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_prefix_relation_is_planned_right(data: st.DataObject) -> None:
     """Paths of a small tree, equal ones included: ends at shared nodes, starts inside shared runs, duplicates."""

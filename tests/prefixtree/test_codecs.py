@@ -80,7 +80,7 @@ def test_exact_codecs_give_the_very_bits_back(name: str, layout: KVLayout) -> No
         assert torch.equal(bits(decoded), bits(chunk)), what
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(EXACT),
     layers=st.integers(1, 3),
@@ -126,7 +126,7 @@ def test_wrong_sizes_are_a_frame_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_damaged_bytes_are_a_chunk_or_a_frame_error(name: str, data: st.DataObject) -> None:
     """The frame's seal comes first; a codec must stand what a writer with our format, and bad intent, could store."""
@@ -288,7 +288,7 @@ def test_lossy_codecs_stay_within_their_bound(name: str, layout: KVLayout) -> No
             assert torch.equal(bits(decoded), bits(hard)), what
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(LOSSY),
     layers=st.integers(1, 4),

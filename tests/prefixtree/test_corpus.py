@@ -13,7 +13,7 @@ from stemcache.prefixtree.namespace import Namespace
 from stemcache.prefixtree.store import PrefixStore
 
 CHUNK = 4
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=60)
 
 # Two tokens only, so that most prompts collide. 0 is the operator, who writes the corpus; the others are tenants.
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=18)

@@ -24,7 +24,7 @@ from stemcache.prefixtree.tokens import encode_tokens
 from stemcache.prefixtree.tree import PrefixTree
 
 SPACE = Namespace.of(model="m", dtype="float32")
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=60)
 Path = tuple[int, ...]  # one token a chunk
 
 

@@ -81,7 +81,7 @@ def test_sections_are_views() -> None:
     assert frame.levels[0][0].obj is FRAME
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     sections=st.lists(st.tuples(st.binary(max_size=99), st.binary(max_size=99)).map(list), min_size=1, max_size=8),
     tokens=st.binary(min_size=128, max_size=128),
@@ -119,7 +119,7 @@ def test_appended_bytes_are_refused() -> None:
     assert reason_of(FRAME + b"\0") == "oversized"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused(data: bytes) -> None:
     assert reason_of(data) in {"truncated", "magic"}
@@ -266,7 +266,7 @@ def test_the_forgeries_differ_from_the_truth_by_their_lie_only() -> None:
     assert contents(unpack(forge(lambda fields: None), HEADER.digest)) == LEVELS
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_sealed_headers_of_random_bytes_are_refused(text: bytes) -> None:
     assert reason_of(forge(lambda fields: None, text)) == "header"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stemcache.prefixtree.errors import InvariantError
 from stemcache.prefixtree.frequency import FrequencySketch
 
-SETTINGS = settings(max_examples=50, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=50)
 
 
 def digest_of(name: str) -> bytes:

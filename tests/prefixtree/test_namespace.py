@@ -52,7 +52,7 @@ fields = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(fields, fields)
 def test_equal_exactly_if_the_fields_are(left: dict[str, Field], right: dict[str, Field]) -> None:
     assert (of(**left) == of(**right)) == (left == right)

@@ -90,7 +90,7 @@ def test_check_finds_a_lost_slot() -> None:
         allocator.check()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     n_slots=st.integers(1, 40),
     steps=st.lists(st.tuples(st.booleans(), st.integers(0, 12), st.integers(0, 1000)), max_size=60),

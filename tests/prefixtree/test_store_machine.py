@@ -451,7 +451,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True)
+TestStoreMachine.settings = settings(max_examples=100, stateful_step_count=50)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -33,7 +33,7 @@ def visit(store, where, prompt):
         return cached, list(lease.slots)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(visits)
 def test_hits_are_those_of_a_store_of_ones_own(history):
     shared = PrefixStore(1000, CHUNK, copying([]))
@@ -44,7 +44,7 @@ def test_hits_are_those_of_a_store_of_ones_own(history):
     shared.check()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(visits)
 def test_no_slot_is_ever_seen_or_copied_by_two(history):
     """In a store that never evicts, a slot that one tenant's chunk was published in is that tenant's for good."""

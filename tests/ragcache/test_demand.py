@@ -18,7 +18,7 @@ from stemcache.ragcache.demand import Demand
 from stemcache.ragcache.documents import Document
 from stemcache.ragcache.preparation import Space, Wish
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=60)
 EVENTS = st.lists(st.tuples(st.sampled_from("ab"), st.lists(st.integers(1, 6), max_size=4)), max_size=30)
 
 

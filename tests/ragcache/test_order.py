@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stemcache.ragcache.order import cache_order
 
-SETTINGS = settings(max_examples=100, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=100)
 LETTERS = "abcde"
 letters = st.permutations(LETTERS).flatmap(lambda p: st.integers(0, len(p)).map(lambda n: "".join(p[:n])))
 

@@ -19,7 +19,7 @@ from stemcache.ragcache.simulate_report import BOUNDS, SETUPS, as_json, compare,
 from stemcache.ragcache.simulate_trace import Trace, TraceError
 from stemcache.ragcache.simulate_workload import Workload
 
-SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=40)
 C = 8  # tokens per chunk: a made-up token stands for two
 SMALL = Workload(n_documents=300, n_requests=200, k=3, mean_tokens=40, sigma=0.5, drift_top=30, drift_replaced=6)
 
