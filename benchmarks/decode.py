@@ -147,7 +147,8 @@ def main() -> None:
                     row = {"dtype": dtype, **measure(engine, others, batch, shared, options.rounds, options.steps)}
                     row["bytes_floor_mb"] = floor_bytes(weights, engine, batch, shared) / 1e6
                     results.append(row)
-                    path = write_results("decode", {"private": PRIVATE, "results": results})  # it takes long
+                    # After each, as all of them take long.
+                    write_results("decode", {"private": PRIVATE, "results": results})
                     print(
                         f"{dtype} batch {batch} shared {shared}: {row['ours_ms']:.1f} ms a step, generate "
                         f"{row['generate_ms']:.1f} ms, {row['speedup']:.1f} times faster",
@@ -156,7 +157,6 @@ def main() -> None:
     header = ["dtype", "batch", "shared", "ours_ms", "generate_ms", "ours_tokens_per_second", "speedup"]
     cells = [[f"{v:.1f}" if isinstance(v, float) else v for v in (row[name] for name in header)] for row in results]
     print(table(header, cells))
-    print(path)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ def interleaved_samples(
     return samples
 
 
+# What a benchmark, or the one before it, has written is no change of what is measured.
+_NOT_RESULTS = ":(top,exclude)benchmarks/results"
+
+
 def record() -> dict[str, Any]:
     """Where and with what the figures were taken: CPU, cores, load, library versions, commit."""
     return {
@@ -75,7 +79,7 @@ def record() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "numba", "triton")},
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", ":(top)", _NOT_RESULTS)),
     }
 
 

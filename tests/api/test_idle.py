@@ -48,11 +48,17 @@ def test_a_conversation_to_be_read_for_its_next_turn_waits(monkeypatch: pytest.M
 
 
 def test_a_request_waits_while_a_step_keeps_the_engine_from_seeing_it() -> None:
-    step_may_end = threading.Event()
+    step_runs, step_may_end = threading.Event(), threading.Event()
+
+    def long_step() -> None:
+        step_runs.set()
+        step_may_end.wait()
+
     with load() as engine:
-        step = threading.Thread(target=engine._loop.call, args=(step_may_end.wait,))
+        step = threading.Thread(target=engine._loop.call, args=(long_step,))
         step.start()
         try:
+            assert step_runs.wait(120)
             stream = engine.submit(engine.encode("The code of"), SamplingParams(max_tokens=3, ignore_eos=True))
             assert (engine.activity().running, engine.activity().waiting) == (0, 1)
         finally:
