@@ -93,6 +93,7 @@ class EngineLoop:
         self.arriving.add(request)
         self._inbox.put(lambda: self._arrive(request))
         if self._stopped:  # it ended in between and may have read its inbox for the last time
+            self.arriving.discard(request)
             request.stream.end(EngineClosedError("the engine is closed"))
 
     def cancel(self, request: Request) -> None:
